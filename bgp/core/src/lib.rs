@@ -1,0 +1,3 @@
+//! Advertisements and readiness to route sets per peer. Pure.
+
+#![forbid(unsafe_code)]

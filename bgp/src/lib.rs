@@ -1,0 +1,1 @@
+//! The embedded BGP speaker: sockets, sessions, Adj-RIB-Out.

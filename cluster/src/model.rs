@@ -1,0 +1,357 @@
+//! The objects, reduced to what is read.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use kun_config::types::BlockId;
+
+/// namespace/name; cluster-scoped objects have an empty namespace.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectName {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+}
+
+impl ObjectName {
+    /// Of a namespaced object.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+        }
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            f.write_str(&self.name)
+        } else {
+            write!(f, "{}/{}", self.namespace, self.name)
+        }
+    }
+}
+
+/// Where an object was read, for `kunctl why`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Origin {
+    /// A manifest: file and 1-based line of the document.
+    File {
+        /// Path as configured.
+        path: Arc<str>,
+        /// Line.
+        line: u32,
+    },
+    /// The API server.
+    Api {
+        /// metadata.resourceVersion.
+        resource_version: Arc<str>,
+    },
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::File { path, line } => write!(f, "{path}:{line}"),
+            Origin::Api { resource_version } => write!(f, "resourceVersion {resource_version}"),
+        }
+    }
+}
+
+/// What every object has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Meta {
+    /// Name.
+    pub name: ObjectName,
+    /// metadata.uid, may be empty in manifests.
+    pub uid: Arc<str>,
+    /// metadata.labels.
+    pub labels: BTreeMap<Arc<str>, Arc<str>>,
+    /// metadata.annotations that kun knows (`kun.network/…`, `kubernetes.io/…-bandwidth`, `service.kubernetes.io/…`).
+    pub annotations: BTreeMap<Arc<str>, Arc<str>>,
+    /// Where it was read.
+    pub origin: Origin,
+}
+
+/// Transport protocol of a service port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    /// 6
+    Tcp,
+    /// 17
+    Udp,
+    /// 132
+    Sctp,
+}
+
+impl Protocol {
+    /// The IP protocol number.
+    pub fn number(self) -> u8 {
+        match self {
+            Protocol::Tcp => 6,
+            Protocol::Udp => 17,
+            Protocol::Sctp => 132,
+        }
+    }
+}
+
+/// spec.type of a Service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServiceType {
+    /// ClusterIP; headless when no cluster IPs.
+    ClusterIp,
+    /// NodePort.
+    NodePort,
+    /// LoadBalancer.
+    LoadBalancer,
+    /// ExternalName.
+    ExternalName,
+}
+
+/// internalTrafficPolicy, externalTrafficPolicy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TrafficPolicy {
+    /// All endpoints.
+    #[default]
+    Cluster,
+    /// Endpoints on this node only.
+    Local,
+}
+
+/// A Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// Name, labels, origin.
+    pub meta: Meta,
+    /// spec.type
+    pub kind: ServiceType,
+    /// spec.clusterIPs, `None` entries removed; empty: headless.
+    pub cluster_ips: Vec<IpAddr>,
+    /// status.loadBalancer.ingress[].ip
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// spec.externalName
+    pub external_name: Option<Arc<str>>,
+    /// spec.ports
+    pub ports: Vec<ServicePort>,
+    /// spec.sessionAffinity ClientIP: its timeout in seconds.
+    pub affinity_secs: Option<u32>,
+    /// spec.internalTrafficPolicy
+    pub internal_policy: TrafficPolicy,
+    /// spec.externalTrafficPolicy
+    pub external_policy: TrafficPolicy,
+    /// spec.publishNotReadyAddresses
+    pub publish_not_ready: bool,
+}
+
+/// One port of a Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Name, empty for the only port.
+    pub name: Arc<str>,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port.
+    pub port: u16,
+    /// nodePort, where allocated.
+    pub node_port: Option<u16>,
+}
+
+/// An EndpointSlice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// Name, labels, origin.
+    pub meta: Meta,
+    /// Label `kubernetes.io/service-name`.
+    pub service: ObjectName,
+    /// Its ports by name.
+    pub ports: Vec<EndpointPort>,
+    /// Its endpoints, addresses of one family (addressType).
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// One port of an EndpointSlice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointPort {
+    /// Matches [`ServicePort::name`].
+    pub name: Arc<str>,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port on the endpoint.
+    pub port: u16,
+}
+
+/// One endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// addresses[0]; the others are never used by Kubernetes (KEP-752).
+    pub address: IpAddr,
+    /// conditions.ready, absent = true.
+    pub ready: bool,
+    /// conditions.serving, absent = ready.
+    pub serving: bool,
+    /// conditions.terminating
+    pub terminating: bool,
+    /// nodeName
+    pub node: Option<Arc<str>>,
+    /// zone
+    pub zone: Option<Arc<str>>,
+    /// hostname
+    pub hostname: Option<Arc<str>>,
+    /// targetRef of kind Pod.
+    pub pod: Option<ObjectName>,
+}
+
+/// A Node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// Name, labels (`topology.kubernetes.io/zone`), origin.
+    pub meta: Meta,
+    /// status.addresses of type InternalIP.
+    pub addresses: Vec<IpAddr>,
+    /// Condition Ready.
+    pub ready: bool,
+}
+
+impl Node {
+    /// Its zone.
+    pub fn zone(&self) -> Option<&Arc<str>> {
+        self.meta.labels.get("topology.kubernetes.io/zone")
+    }
+}
+
+/// A Pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pod {
+    /// Name, labels, annotations, origin.
+    pub meta: Meta,
+    /// spec.nodeName
+    pub node: Option<Arc<str>>,
+    /// status.podIPs
+    pub ips: Vec<IpAddr>,
+    /// spec.hostname, spec.subdomain
+    pub hostname: Option<Arc<str>>,
+    /// spec.subdomain
+    pub subdomain: Option<Arc<str>>,
+    /// spec.hostNetwork
+    pub host_network: bool,
+    /// status.phase is Succeeded or Failed.
+    pub finished: bool,
+}
+
+/// A Namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Namespace {
+    /// Name, labels, origin.
+    pub meta: Meta,
+}
+
+/// IPPool (`kun.network/v1alpha1`): where blocks and virtual addresses come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IpPool {
+    /// Name, labels, origin.
+    pub meta: Meta,
+    /// spec.pods: IPv4 ranges cut into blocks (real ones give dual slots, 240.0.0.0/4 IPv6-only ones).
+    pub pods: Vec<Ipv4Net>,
+    /// spec.services.v4: addresses for LoadBalancer services.
+    pub services_v4: Vec<Ipv4Net>,
+    /// spec.services.v6
+    pub services_v6: Vec<Ipv6Net>,
+}
+
+/// IPAMBlock (`kun.network/v1alpha1`): a block and the node that owns it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IpamBlock {
+    /// Name, origin.
+    pub meta: Meta,
+    /// spec.first: the first slot, as an IPv4 address.
+    pub block: BlockId,
+    /// spec.node
+    pub node: Arc<str>,
+}
+
+/// Any object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each variant is the type of its name")]
+pub enum Object {
+    Service(Arc<Service>),
+    EndpointSlice(Arc<EndpointSlice>),
+    Node(Arc<Node>),
+    Pod(Arc<Pod>),
+    Namespace(Arc<Namespace>),
+    IpPool(Arc<IpPool>),
+    IpamBlock(Arc<IpamBlock>),
+}
+
+/// Kind of an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[allow(missing_docs, reason = "each variant is the kind of its name")]
+pub enum Kind {
+    Service,
+    EndpointSlice,
+    Node,
+    Pod,
+    Namespace,
+    IpPool,
+    IpamBlock,
+}
+
+impl Object {
+    /// Its metadata.
+    pub fn meta(&self) -> &Meta {
+        match self {
+            Object::Service(o) => &o.meta,
+            Object::EndpointSlice(o) => &o.meta,
+            Object::Node(o) => &o.meta,
+            Object::Pod(o) => &o.meta,
+            Object::Namespace(o) => &o.meta,
+            Object::IpPool(o) => &o.meta,
+            Object::IpamBlock(o) => &o.meta,
+        }
+    }
+
+    /// Its kind.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Object::Service(_) => Kind::Service,
+            Object::EndpointSlice(_) => Kind::EndpointSlice,
+            Object::Node(_) => Kind::Node,
+            Object::Pod(_) => Kind::Pod,
+            Object::Namespace(_) => Kind::Namespace,
+            Object::IpPool(_) => Kind::IpPool,
+            Object::IpamBlock(_) => Kind::IpamBlock,
+        }
+    }
+}
+
+/// One change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Delta {
+    /// New or changed.
+    Upsert(Object),
+    /// Gone.
+    Remove(Kind, ObjectName),
+}
+
+/// What a source says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Changes that belong together, in order: apply all, then act once.
+    Deltas(Vec<Delta>),
+    /// The first snapshot is complete.
+    Synced,
+    /// The source has trouble; what was told before stays good.
+    Trouble(String),
+}
+
+/// The router ids and addresses of a node, for whoever needs one IPv4.
+pub fn first_v4(addresses: &[IpAddr]) -> Option<Ipv4Addr> {
+    addresses.iter().find_map(|a| match a {
+        IpAddr::V4(a) => Some(*a),
+        IpAddr::V6(_) => None,
+    })
+}

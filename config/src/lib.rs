@@ -1,0 +1,14 @@
+//! kun's configuration: `kun.yaml` and the Corefile, parsed once into types that cannot be wrong.
+//!
+//! Pure: text comes in, validated types or a list of [`Fault`]s go out; this crate opens no file. Every fault names the file,
+//! the line, the path in it, what was wrong and what would be right.
+
+#![forbid(unsafe_code)]
+
+pub mod types;
+
+mod fault;
+mod sections;
+
+pub use fault::{Fault, Faults};
+pub use sections::*;

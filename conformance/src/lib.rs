@@ -1,0 +1,3 @@
+//! Black-box suites that drive any subject from outside, and the ledgers of requirements.
+
+#![forbid(unsafe_code)]

@@ -1,0 +1,246 @@
+//! The node agent's Unix-socket protocol: one JSON object a line each way, one request a line, answered in order.
+//!
+//! Owned by the agent (`kun-proxy`), spoken by `kun-cni` and `kunctl`. Types and the blocking client; the server lives in the
+//! agent. A line is at most [`MAX_LINE`] bytes.
+
+#![forbid(unsafe_code)]
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+
+use kun_config::types::{Slot, SlotClass};
+use serde::{Deserialize, Serialize};
+
+mod client;
+
+pub use client::{Client, ClientError};
+
+/// Longest line either side accepts: a status of 2,500 attachments fits four times.
+pub const MAX_LINE: usize = 4 << 20;
+
+/// Who an address belongs to (CNI spec §2: the attachment).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AttachmentKey {
+    /// Network name.
+    pub network: String,
+    /// CNI_CONTAINERID.
+    pub container_id: String,
+    /// CNI_IFNAME.
+    pub ifname: String,
+}
+
+/// What the runtime told about the pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct PodRef {
+    /// Namespace, empty where the runtime gave none.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// UID.
+    pub uid: String,
+}
+
+/// An allocation as it stands in the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Allocation {
+    /// Whose.
+    pub key: AttachmentKey,
+    /// The slot.
+    pub slot: Slot,
+    /// Generation of the slot: grows by one with each allocation.
+    pub generation: u64,
+    /// IPv6 address, always.
+    pub v6: Ipv6Addr,
+    /// IPv4 address of dual slots.
+    pub v4: Option<Ipv4Addr>,
+    /// The pod.
+    pub pod: PodRef,
+}
+
+/// A request to the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// CNI ADD, first half: durable slot for the key. Idempotent for a live key.
+    Allocate {
+        /// Whose.
+        key: AttachmentKey,
+        /// The pod.
+        pod: PodRef,
+        /// `None`: the configured default.
+        class: Option<SlotClass>,
+    },
+    /// CNI ADD, second half: the interfaces stand; the agent attaches its programs and routes before it answers.
+    Attached {
+        /// Whose.
+        key: AttachmentKey,
+        /// Host-side interface names, IPv6's first.
+        host_interfaces: Vec<String>,
+    },
+    /// CNI DEL: the slot begins to cool. Unknown keys succeed.
+    Release {
+        /// Whose.
+        key: AttachmentKey,
+    },
+    /// CNI CHECK: the allocation as stored.
+    Lookup {
+        /// Whose.
+        key: AttachmentKey,
+    },
+    /// Everything `kunctl status` shows.
+    Status,
+    /// Every slot that is not free.
+    Ipam,
+    /// Why a 5-tuple goes where it goes.
+    Why {
+        /// `tcp`, `udp` or `sctp`.
+        protocol: String,
+        /// The client, where given.
+        source: Option<IpAddr>,
+        /// Destination address.
+        destination: IpAddr,
+        /// Destination port.
+        port: u16,
+    },
+}
+
+/// The agent's answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "kebab-case")]
+pub enum Response {
+    /// Allocate, Lookup.
+    Allocation {
+        /// The allocation.
+        allocation: Allocation,
+    },
+    /// Release, Attached: done.
+    Done,
+    /// Lookup of an unknown key.
+    Unknown,
+    /// Every slot is taken or cooling.
+    Exhausted {
+        /// Seconds until the first cooling slot may be free; `None`: unknown.
+        retry_after_secs: Option<u64>,
+        /// Allocated slots of the class.
+        allocated: u32,
+        /// Cooling slots of the class.
+        cooling: u32,
+    },
+    /// Refused or failed: what, and what to do.
+    Failed {
+        /// One line.
+        message: String,
+    },
+    /// `Status`: sections by name, each owned by the part that fills it.
+    Status {
+        /// The sections.
+        status: Status,
+    },
+    /// `Ipam`.
+    Ipam {
+        /// One row a slot.
+        slots: Vec<SlotRow>,
+    },
+    /// `Why`.
+    Why {
+        /// The chain of reasons, first decided first.
+        steps: Vec<WhyStep>,
+    },
+}
+
+/// A row of `kunctl ipam`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SlotRow {
+    /// The slot.
+    pub slot: Slot,
+    /// `allocated`, `cooling`.
+    pub state: String,
+    /// Generation.
+    pub generation: u64,
+    /// IPv6 address.
+    pub v6: Ipv6Addr,
+    /// IPv4 address of dual slots.
+    pub v4: Option<Ipv4Addr>,
+    /// Owner, or last owner.
+    pub key: AttachmentKey,
+    /// The pod.
+    pub pod: PodRef,
+    /// Cooling: seconds until it may be reused.
+    pub free_in_secs: Option<u64>,
+}
+
+/// One reason in the answer to "why?".
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WhyStep {
+    /// `service`, `view`, `backend`, `endpoint`, `manifest`, `route`, `drop`.
+    pub what: String,
+    /// The object: `default/frontend:http`.
+    pub object: String,
+    /// One line for people.
+    pub detail: String,
+    /// Where the object was read: file and line, or resourceVersion.
+    pub source: Option<String>,
+}
+
+/// `kunctl status`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Status {
+    /// Node name.
+    pub node: String,
+    /// Program version.
+    pub version: String,
+    /// Seconds since start.
+    pub uptime_secs: u64,
+    /// The cluster view: `synced`, counts by kind.
+    pub cluster: Vec<Fact>,
+    /// Service dataplane.
+    pub proxy: Vec<Fact>,
+    /// Addresses.
+    pub ipam: Vec<Fact>,
+    /// NAT64.
+    pub nat64: Vec<Fact>,
+    /// BGP sessions.
+    pub bgp: Vec<BgpSession>,
+    /// Kernel abilities: what is missing and what it costs.
+    pub kernel: Vec<Fact>,
+}
+
+/// One line of a status section.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fact {
+    /// Name.
+    pub name: String,
+    /// Value.
+    pub value: String,
+    /// Whether this is as it should be.
+    pub ok: bool,
+}
+
+/// A BGP session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BgpSession {
+    /// Peer name.
+    pub peer: String,
+    /// Peer address.
+    pub address: IpAddr,
+    /// FSM state, RFC 4271 §8.2.2.
+    pub state: String,
+    /// Seconds in this state.
+    pub since_secs: u64,
+    /// Prefixes in Adj-RIB-Out.
+    pub announced: u32,
+    /// Why it was last down.
+    pub last_error: Option<String>,
+}
+
+/// Asks the agent at `socket` once.
+pub fn ask(socket: &Path, request: &Request) -> Result<Response, ClientError> {
+    Client::connect(socket)?.ask(request)
+}

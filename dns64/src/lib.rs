@@ -1,0 +1,1 @@
+//! The DNS server shell: sockets, upstreams, reload.

@@ -1,0 +1,1 @@
+//! NAT64 mapping: deterministic port blocks, computed and not remembered.

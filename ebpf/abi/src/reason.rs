@@ -1,0 +1,26 @@
+//! Why a packet was dropped or a connect refused. Numbers are append-only: operators' dashboards hold them.
+
+/// Index into the `reasons` per-CPU counter array.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// A service without a ready endpoint.
+    NoEndpoint = 0,
+    /// The flow table is full.
+    FlowTableFull = 1,
+    /// Truncated or malformed header.
+    Malformed = 2,
+    /// NAT64: the source has no port block and no stateful slice is free.
+    Nat64NoMapping = 3,
+    /// NAT64: hop limit or TTL exceeded.
+    Nat64HopLimit = 4,
+    /// NAT64: protocol or header that RFC 7915 does not translate.
+    Nat64Untranslatable = 5,
+    /// NAT64: an IPv4 packet to the pool that maps to nobody.
+    Nat64NoReverse = 6,
+    /// A backend's record was recycled and no other was found.
+    StaleBackend = 7,
+}
+
+/// How many reasons there are.
+pub const REASONS: u32 = 8;

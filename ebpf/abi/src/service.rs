@@ -1,0 +1,210 @@
+//! The service dataplane's maps (one code path for both families: every address is 128 bits).
+//!
+//! | map | key → value | how it changes |
+//! |---|---|---|
+//! | `services` | [`ServiceKey`] → [`ServiceValue`] | hash |
+//! | `views` | service id × [`VIEWS`] + view → `u64` [`View`] | mmap array; one store publishes a backend set |
+//! | `slots` | index → backend id | mmap array; written before it is published, recycled after a grace period |
+//! | `backends` | id → [`Backend`] | mmap array; one generation store kills every flow to it |
+//! | `flows` | [`FlowKey`] → [`FlowValue`] | hash; a stale generation is a miss |
+//! | `affinity` | [`AffinityKey`] → [`AffinityValue`] | LRU hash |
+
+use crate::{Addr, Port};
+
+/// Views of a service.
+pub const VIEWS: u32 = 4;
+
+/// Which endpoints a lookup sees.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ViewKind {
+    /// All endpoints of the cluster.
+    Cluster = 0,
+    /// Endpoints on this node.
+    Local = 1,
+    /// Endpoints that zone affinity selects for this node.
+    Zone = 2,
+}
+
+/// Where a frontend is reachable from.
+#[repr(u8)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Scope {
+    /// A ClusterIP.
+    Cluster = 0,
+    /// A LoadBalancer or external address.
+    External = 1,
+    /// A node port; the address is the node's.
+    NodePort = 2,
+}
+
+/// Key of `services`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceKey {
+    /// Virtual address.
+    pub addr: Addr,
+    /// Port.
+    pub port: Port,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Zero: a frontend's scope is in its value, so that one lookup finds it.
+    pub pad: u8,
+}
+
+/// Value of `services`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ServiceValue {
+    /// Index into `views` (× [`VIEWS`]).
+    pub service: u32,
+    /// [`Scope`] of the frontend.
+    pub scope: u8,
+    /// [`ViewKind`] that clients inside the cluster use.
+    pub internal_view: u8,
+    /// [`ViewKind`] that clients outside the cluster use.
+    pub external_view: u8,
+    /// Zero.
+    pub pad: u8,
+    /// ClientIP affinity: seconds, 0 = off.
+    pub affinity_secs: u32,
+}
+
+/// A backend set, published as one u64: epoch (16 bits) ∥ count (16) ∥ base (32), epoch highest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct View {
+    /// Grows with each publication.
+    pub epoch: u16,
+    /// Entries in `slots`; 0 = no endpoint.
+    pub count: u16,
+    /// First entry in `slots`.
+    pub base: u32,
+}
+
+impl View {
+    /// As stored.
+    pub const fn pack(self) -> u64 {
+        (self.epoch as u64) << 48 | (self.count as u64) << 32 | self.base as u64
+    }
+
+    /// As read.
+    pub const fn unpack(v: u64) -> Self {
+        View {
+            epoch: (v >> 48) as u16,
+            count: (v >> 32) as u16,
+            base: v as u32,
+        }
+    }
+}
+
+/// States of a backend.
+pub mod state {
+    /// Free record.
+    pub const FREE: u8 = 0;
+    /// Takes new flows.
+    pub const ACTIVE: u8 = 1;
+    /// Keeps its flows, takes no new ones.
+    pub const DRAINING: u8 = 2;
+    /// Gone: its flows are re-selected.
+    pub const DEAD: u8 = 3;
+}
+
+/// A backend.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Backend {
+    /// Address.
+    pub addr: Addr,
+    /// Port.
+    pub port: Port,
+    /// One of [`state`].
+    pub state: u8,
+    /// 1: on this node.
+    pub local: u8,
+    /// Grows each time the record is given to another backend or dies; a flow that holds another one is a miss.
+    pub generation: u32,
+    /// Service id, for explanations and accounting.
+    pub service: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// Key of `flows`: a packet's tuple as it is seen at one hook.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// Source.
+    pub src: Addr,
+    /// Destination.
+    pub dst: Addr,
+    /// Source port.
+    pub sport: Port,
+    /// Destination port.
+    pub dport: Port,
+    /// IP protocol number.
+    pub proto: u8,
+    /// [`flow`] direction.
+    pub dir: u8,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// Directions in [`FlowKey::dir`].
+pub mod flow {
+    /// Client to frontend: the value's address is the backend's.
+    pub const FORWARD: u8 = 0;
+    /// Backend to client: the value's address is the frontend's.
+    pub const REVERSE: u8 = 1;
+}
+
+/// Value of `flows`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FlowValue {
+    /// What replaces the destination (forward) or the source (reverse).
+    pub addr: Addr,
+    /// Its port.
+    pub port: Port,
+    /// Zero.
+    pub pad: u16,
+    /// Backend id.
+    pub backend: u32,
+    /// Generation of the backend when the flow was made.
+    pub generation: u32,
+    /// Zero.
+    pub pad2: u32,
+    /// CLOCK_BOOTTIME nanoseconds of the last packet.
+    pub seen: u64,
+}
+
+/// Key of `affinity`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AffinityKey {
+    /// Client address.
+    pub client: Addr,
+    /// Service id.
+    pub service: u32,
+}
+
+/// Value of `affinity`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AffinityValue {
+    /// Backend id.
+    pub backend: u32,
+    /// Its generation.
+    pub generation: u32,
+    /// CLOCK_BOOTTIME nanoseconds of the last use.
+    pub seen: u64,
+}
+
+const _: () = {
+    assert!(size_of::<ServiceKey>() == 20);
+    assert!(size_of::<ServiceValue>() == 12);
+    assert!(size_of::<Backend>() == 32);
+    assert!(size_of::<FlowKey>() == 40);
+    assert!(size_of::<FlowValue>() == 40);
+    assert!(size_of::<AffinityKey>() == 20);
+    assert!(size_of::<AffinityValue>() == 16);
+};

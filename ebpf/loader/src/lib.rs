@@ -1,0 +1,1 @@
+//! The only crate that knows aya: typed map handles; load, attach, pin, adopt.

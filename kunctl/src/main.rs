@@ -1,0 +1,3 @@
+//! `kunctl`: status, why, ipam.
+
+fn main() {}

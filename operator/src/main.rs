@@ -1,0 +1,3 @@
+//! The program: flags, configuration, and the shells joined.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The service proxy shell: applies plans to the eBPF maps.

@@ -1,0 +1,1 @@
+//! The netns harness, the lab and the scenarios.

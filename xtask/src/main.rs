@@ -1,0 +1,3 @@
+//! `cargo xtask`: setup, test, lab, tidy, bench, ebpf, vm.
+
+fn main() {}
