@@ -1,1 +1,10 @@
-//! The embedded BGP speaker: sockets, sessions, Adj-RIB-Out.
+//! The embedded BGP speaker: announces route sets to its peers and imports nothing (RFC 4271, 4760, 4724, 8212).
+//!
+//! One task a peer owns the peer's sockets and its Adj-RIB-Out. No session is opened before the first [`Speaker::announce`], so that a
+//! restarted speaker never tells a peer less than the peer remembers.
+
+mod speaker;
+mod status;
+
+pub use speaker::{Options, Speaker, StartError, StopMode};
+pub use status::SessionStatus;
