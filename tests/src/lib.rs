@@ -1,1 +1,5 @@
-//! The netns harness, the lab and the scenarios.
+//! The lab, the scenarios and the bench: the whole of kun on one machine, driven from outside.
+
+#![forbid(unsafe_code)]
+
+pub mod bench;

@@ -1,0 +1,101 @@
+//! `kun-bench [PART] [--output json]`: runs the parts, prints a table for people or the rows as JSON.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
+use kun_tests::bench::{Context, PARTS, Row};
+
+/// Measures kun on this machine.
+#[derive(Parser)]
+struct Arguments {
+    /// One part alone: ebpf, cni, proxy, dns, nat64, bgp, cluster.
+    part: Option<String>,
+    /// `table` or `json`.
+    #[arg(long, default_value = "table", value_parser = ["table", "json"])]
+    output: String,
+}
+
+fn main() -> ExitCode {
+    match measure(&Arguments::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(e) => {
+            eprintln!("kun-bench: {e:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Whether every budget holds and every part ran.
+fn measure(arguments: &Arguments) -> Result<bool> {
+    let names: Vec<&str> = PARTS.iter().map(|(name, _)| *name).collect();
+    if let Some(part) = &arguments.part {
+        anyhow::ensure!(
+            names.contains(&part.as_str()),
+            "{part}: no such part; the parts are {}",
+            names.join(", ")
+        );
+    }
+    let context = Context::new()?;
+    let mut rows = Vec::new();
+    let mut all_ran = true;
+    for (name, run) in PARTS {
+        if arguments.part.as_deref().is_some_and(|only| only != *name) {
+            continue;
+        }
+        eprintln!("{name} …");
+        match run(&context) {
+            Ok(more) => rows.extend(more),
+            Err(e) => {
+                all_ran = false;
+                eprintln!("{name}: {e:#}");
+            }
+        }
+    }
+    if arguments.output == "json" {
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+    } else {
+        println!("{}", table(&rows));
+    }
+    Ok(all_ran && rows.iter().all(|row| row.holds != Some(false)))
+}
+
+fn table(rows: &[Row]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_HORIZONTAL_ONLY);
+    table.set_header([
+        "figure", "value", "unit", "budget", "holds", "peer", "peer's",
+    ]);
+    for row in rows {
+        table.add_row([
+            row.name.clone(),
+            figure(row.value),
+            row.unit.clone(),
+            row.budget.map(figure).unwrap_or_default(),
+            match row.holds {
+                Some(true) => "yes".into(),
+                Some(false) => "NO".into(),
+                None => String::new(),
+            },
+            row.peer.clone().unwrap_or_default(),
+            row.peer_value.map(figure).unwrap_or_default(),
+        ]);
+    }
+    for column in [1, 3, 6] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}
+
+/// Three significant figures below a thousand, whole numbers above.
+fn figure(value: f64) -> String {
+    match value.abs() {
+        v if v >= 100.0 => format!("{value:.0}"),
+        v if v >= 10.0 => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}
