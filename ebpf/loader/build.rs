@@ -9,15 +9,27 @@ use kun_ebpf_build::{Error, Manifest, OBJECTS, Toolchain, digest};
 
 fn main() {
     if let Err(e) = place() {
-        println!("cargo::error={}", e.to_string().replace('\n', "\ncargo::error="));
+        println!(
+            "cargo::error={}",
+            e.to_string().replace('\n', "\ncargo::error=")
+        );
     }
 }
 
 fn place() -> Result<(), Error> {
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
-    let root = here.join("../..").canonicalize().unwrap_or_else(|_| here.join("../.."));
+    let root = here
+        .join("../..")
+        .canonicalize()
+        .unwrap_or_else(|_| here.join("../.."));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
-    for watched in ["ebpf/abi", "ebpf/programs/src", "ebpf/programs/Cargo.toml", "ebpf/programs/Cargo.lock", "ebpf/loader/prebuilt"] {
+    for watched in [
+        "ebpf/abi",
+        "ebpf/programs/src",
+        "ebpf/programs/Cargo.toml",
+        "ebpf/programs/Cargo.lock",
+        "ebpf/loader/prebuilt",
+    ] {
         println!("cargo::rerun-if-changed={}", root.join(watched).display());
     }
     let io = |path: &Path| {
@@ -34,11 +46,16 @@ fn place() -> Result<(), Error> {
         let bytes = if entry.sources == object.sources(&root)? && entry.object == digest(&held) {
             held
         } else {
-            println!("cargo::warning=prebuilt/{file} is older than its sources and was compiled anew; `cargo xtask ebpf` renews it");
+            println!(
+                "cargo::warning=prebuilt/{file} is older than its sources and was compiled anew; `cargo xtask ebpf` renews it"
+            );
             if fresh.is_none() {
                 fresh = Some(Toolchain::locate()?.compile(&root, &out.join("bpf"))?);
             }
-            fresh.as_ref().map(|o| o[object.name].clone()).unwrap_or_default()
+            fresh
+                .as_ref()
+                .map(|o| o[object.name].clone())
+                .unwrap_or_default()
         };
         let path = out.join(&file);
         fs::write(&path, bytes).map_err(io(&path))?;

@@ -27,7 +27,9 @@ pub(crate) fn ebpf(check: bool) -> Result<()> {
     let root = root();
     let prebuilt = root.join("ebpf/loader/prebuilt");
     let toolchain = Toolchain::locate()?;
-    let target = cache_dir().join("ebpf-target").join(&digest(root.as_os_str().as_encoded_bytes())[..16]);
+    let target = cache_dir()
+        .join("ebpf-target")
+        .join(&digest(root.as_os_str().as_encoded_bytes())[..16]);
     let objects = toolchain.compile(&root, &target)?;
     let mut manifest = Manifest::default();
     for object in OBJECTS {
@@ -58,7 +60,10 @@ pub(crate) fn ebpf(check: bool) -> Result<()> {
             "{} is not that of the sources; run `cargo xtask ebpf` and commit the result",
             listing.display()
         );
-        println!("ebpf: {} objects are what their sources compile to", objects.len());
+        println!(
+            "ebpf: {} objects are what their sources compile to",
+            objects.len()
+        );
         return Ok(());
     }
     fs::create_dir_all(&prebuilt)?;
@@ -83,15 +88,29 @@ pub(crate) fn install_toolchain() -> Result<()> {
         println!("setup: bpf-linker is at {}", expected.linker.display());
     } else {
         let prefix = cache_dir().join("bpf-linker");
-        println!("setup: building bpf-linker {BPF_LINKER} into {} (about two minutes)", prefix.display());
+        println!(
+            "setup: building bpf-linker {BPF_LINKER} into {} (about two minutes)",
+            prefix.display()
+        );
         run(Command::new("cargo")
-            .args(["install", "bpf-linker", "--version", BPF_LINKER, "--locked", "--quiet", "--root"])
+            .args([
+                "install",
+                "bpf-linker",
+                "--version",
+                BPF_LINKER,
+                "--locked",
+                "--quiet",
+                "--root",
+            ])
             .arg(&prefix)
             .env_remove("CARGO_TARGET_DIR")
             .env("RUSTUP_TOOLCHAIN", RUST))?;
     }
     if expected.library.join("core/src/lib.rs").is_file() {
-        println!("setup: the source of Rust's core library is at {}", expected.library.display());
+        println!(
+            "setup: the source of Rust's core library is at {}",
+            expected.library.display()
+        );
     } else {
         println!(
             "setup: fetching Debian's rust-src {RUST_SRC_DEB} (45 MB) and unpacking it to {}",
@@ -128,9 +147,17 @@ fn core_sources(library: &Path) -> Result<()> {
             ("Dir::State::lists", "lists"),
             ("Dir::Cache::archives", "archives"),
         ] {
-            apt.arg("-o").arg(format!("{key}={}", work.join(dir).display()));
+            apt.arg("-o")
+                .arg(format!("{key}={}", work.join(dir).display()));
         }
-        apt.args(["-o", "Dir::Etc::sourcelist=/dev/null", "-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache="]);
+        apt.args([
+            "-o",
+            "Dir::Etc::sourcelist=/dev/null",
+            "-o",
+            "Dir::Cache::pkgcache=",
+            "-o",
+            "Dir::Cache::srcpkgcache=",
+        ]);
         // Unpacked by hand, so apt's own user need not reach the cache.
         apt.args(["-o", "APT::Sandbox::User=root"]);
         apt
@@ -146,8 +173,15 @@ fn core_sources(library: &Path) -> Result<()> {
         .find(|p| p.extension().is_some_and(|e| e == "deb"))
         .context("apt-get download left no package")?;
     let sum = digest(&fs::read(&deb)?);
-    ensure!(sum == RUST_SRC_SHA256, "{}: SHA-256 is {sum}, should be {RUST_SRC_SHA256}", deb.display());
-    run(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(work.join("tree")))?;
+    ensure!(
+        sum == RUST_SRC_SHA256,
+        "{}: SHA-256 is {sum}, should be {RUST_SRC_SHA256}",
+        deb.display()
+    );
+    run(Command::new("dpkg-deb")
+        .arg("-x")
+        .arg(&deb)
+        .arg(work.join("tree")))?;
     let from = work.join(format!("tree/usr/src/rustc-{RUST}/library"));
     if library.exists() {
         fs::remove_dir_all(library)?;
@@ -161,7 +195,12 @@ fn core_sources(library: &Path) -> Result<()> {
 /// The Debian archive that this machine already uses; Ubuntu's holds no Debian packages.
 fn debian_mirror() -> Result<String> {
     let listed = Command::new("apt-get")
-        .args(["indextargets", "--format", "$(ORIGIN) $(REPO_URI)", "Created-By: Packages"])
+        .args([
+            "indextargets",
+            "--format",
+            "$(ORIGIN) $(REPO_URI)",
+            "Created-By: Packages",
+        ])
         .output()
         .context("apt-get")?;
     let text = String::from_utf8_lossy(&listed.stdout).into_owned();
@@ -171,8 +210,10 @@ fn debian_mirror() -> Result<String> {
         .find(|uri| !uri.contains("security"));
     match found {
         Some(uri) => Ok(uri.to_owned()),
-        None => bail!("no Debian archive among apt's sources; run `apt-get update`, or put rust-src of Rust {RUST} in {} by hand",
-            Toolchain::expected().library.display()),
+        None => bail!(
+            "no Debian archive among apt's sources; run `apt-get update`, or put rust-src of Rust {RUST} in {} by hand",
+            Toolchain::expected().library.display()
+        ),
     }
 }
 

@@ -42,10 +42,7 @@ pub const OBJECTS: [Object; 2] = [
     },
     Object {
         name: "nat64",
-        foreign: &[
-            "ebpf/abi/src/service",
-            "ebpf/programs/src/service",
-        ],
+        foreign: &["ebpf/abi/src/service", "ebpf/programs/src/service"],
     },
 ];
 
@@ -69,7 +66,9 @@ pub enum Error {
         path: PathBuf,
     },
     /// The compiler is another release.
-    #[error("the eBPF programs need rustc {RUST}, `rustc --version` says {found:?}; run `cargo xtask setup --ebpf`")]
+    #[error(
+        "the eBPF programs need rustc {RUST}, `rustc --version` says {found:?}; run `cargo xtask setup --ebpf`"
+    )]
     Compiler {
         /// What it says.
         found: String,
@@ -91,7 +90,11 @@ fn io_at(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
 
 /// Where kun keeps what it downloads or builds once: `$KUN_CACHE`, else `$XDG_CACHE_HOME/kun`, else `~/.cache/kun`.
 pub fn cache_dir() -> PathBuf {
-    let from = |name: &str| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let from = |name: &str| {
+        env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
     from("KUN_CACHE")
         .or_else(|| from("XDG_CACHE_HOME").map(|d| d.join("kun")))
         .or_else(|| from("HOME").map(|d| d.join(".cache/kun")))
@@ -144,7 +147,11 @@ impl Toolchain {
     }
 
     /// Compiles every object into `target` (a directory of its own: cargo locks it) and returns the files by name.
-    pub fn compile(&self, root: &Path, target: &Path) -> Result<BTreeMap<&'static str, Vec<u8>>, Error> {
+    pub fn compile(
+        &self,
+        root: &Path,
+        target: &Path,
+    ) -> Result<BTreeMap<&'static str, Vec<u8>>, Error> {
         let programs = root.join("ebpf/programs");
         let home = env::var_os("CARGO_HOME")
             .map(PathBuf::from)
@@ -160,13 +167,24 @@ impl Toolchain {
         // A build script's environment speaks of the host's build; none of it may reach this one.
         for (name, _) in env::vars_os() {
             let n = name.to_string_lossy();
-            if n.starts_with("CARGO_PROFILE_") || n.starts_with("CARGO_FEATURE_") || n.starts_with("CARGO_CFG_") {
+            if n.starts_with("CARGO_PROFILE_")
+                || n.starts_with("CARGO_FEATURE_")
+                || n.starts_with("CARGO_CFG_")
+            {
                 cargo.env_remove(&name);
             }
         }
         let output = cargo
             .current_dir(&programs)
-            .args(["build", "--release", "--locked", "--target", TARGET, "-Zbuild-std=core", "--bins"])
+            .args([
+                "build",
+                "--release",
+                "--locked",
+                "--target",
+                TARGET,
+                "-Zbuild-std=core",
+                "--bins",
+            ])
             .arg("--target-dir")
             .arg(target)
             .env_remove("RUSTFLAGS")
@@ -355,7 +373,11 @@ mod tests {
             fs::create_dir_all(path.parent().expect("inside dir")).expect("temporary directory");
             fs::write(path, text).expect("temporary file");
         };
-        for file in ["ebpf/abi/Cargo.toml", "ebpf/programs/Cargo.toml", "ebpf/programs/Cargo.lock"] {
+        for file in [
+            "ebpf/abi/Cargo.toml",
+            "ebpf/programs/Cargo.toml",
+            "ebpf/programs/Cargo.lock",
+        ] {
             put(file, "");
         }
         put("ebpf/abi/src/lib.rs", "shared");
@@ -370,12 +392,16 @@ mod tests {
         fs::remove_dir_all(&dir).expect("temporary directory");
         assert_eq!(before[0], after[0], "service does not hold nat64's source");
         assert_ne!(before[1], after[1]);
-        assert!(last[0] != after[0] && last[1] != after[1], "both hold the shared source");
+        assert!(
+            last[0] != after[0] && last[1] != after[1],
+            "both hold the shared source"
+        );
     }
 
     #[test]
     fn the_compiler_is_the_workspaces() {
-        let text = fs::read_to_string(root().join("rust-toolchain.toml")).expect("rust-toolchain.toml");
+        let text =
+            fs::read_to_string(root().join("rust-toolchain.toml")).expect("rust-toolchain.toml");
         assert!(text.contains(&format!("\"{RUST}\"")), "{text}");
     }
 }
