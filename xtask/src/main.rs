@@ -1,13 +1,63 @@
-//! `cargo xtask`: setup, test, lab, tidy, bench, ebpf, vm.
+//! `cargo xtask`: setup, test, lab, tidy, bench, ebpf, vm. Needs nothing but Rust to start; installs the rest by `setup`.
 
+mod bench;
+mod command;
 mod ebpf;
+mod lab;
+mod setup;
+mod test;
+mod tidy;
+mod vm;
 
-fn main() -> anyhow::Result<()> {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["ebpf"] => ebpf::ebpf(false),
-        ["ebpf", "--check"] => ebpf::ebpf(true),
-        ["setup", "--ebpf"] => ebpf::install_toolchain(),
-        _ => anyhow::bail!("cargo xtask ebpf [--check] | setup --ebpf"),
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The tasks of the kun workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what tests and the lab need; says what it installs.
+    Setup(setup::Arguments),
+    /// Everything that CI runs.
+    Test(test::Arguments),
+    /// Bring up a whole cluster network on this machine, probe it, take it down.
+    Lab(lab::Arguments),
+    /// Check the arrows between crates, the purity of the cores, module docs, and the ledgers.
+    Tidy,
+    /// Measure.
+    Bench(bench::Arguments),
+    /// Rebuild the eBPF objects.
+    Ebpf {
+        /// Rebuild and compare with the committed objects; change nothing.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Run a test binary under another kernel.
+    Vm(vm::Arguments),
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().task {
+        Task::Setup(arguments) => setup::run(&arguments),
+        Task::Test(arguments) => test::run(&arguments),
+        Task::Lab(arguments) => lab::run(&arguments),
+        Task::Tidy => tidy::run(),
+        Task::Bench(arguments) => bench::run(&arguments),
+        Task::Ebpf { check } => ebpf::ebpf(check),
+        Task::Vm(arguments) => vm::run(&arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("xtask: {e:#}");
+            ExitCode::FAILURE
+        }
     }
 }
