@@ -88,9 +88,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     step(&mut count, "tests", |count| tests(packages, count))?;
     if whole || arguments.only.as_deref() == Some("ebpf") {
-        step(&mut count, "ebpf --check", |_| {
-            ebpf::run(&ebpf::Arguments { check: true })
-        })?;
+        step(&mut count, "ebpf toolchain", |_| ebpf::install_toolchain())?;
+        step(&mut count, "ebpf --check", |_| ebpf::ebpf(true))?;
     }
     if whole {
         step(&mut count, "lab", |count| {
