@@ -6,5 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod model;
+mod store;
 
 pub use model::*;
+pub use store::Store;

@@ -113,6 +113,24 @@ pub enum ServiceType {
     ExternalName,
 }
 
+/// An entry of spec.ipFamilies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[allow(missing_docs, reason = "the families are their names")]
+pub enum IpFamily {
+    V4,
+    V6,
+}
+
+impl IpFamily {
+    /// The family of an address.
+    pub fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+}
+
 /// internalTrafficPolicy, externalTrafficPolicy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TrafficPolicy {
@@ -132,8 +150,12 @@ pub struct Service {
     pub kind: ServiceType,
     /// spec.clusterIPs, `None` entries removed; empty: headless.
     pub cluster_ips: Vec<IpAddr>,
-    /// status.loadBalancer.ingress[].ip
+    /// spec.ipFamilies, in order; empty where the manifest leaves them to the cluster.
+    pub families: Vec<IpFamily>,
+    /// status.loadBalancer.ingress[].ip; in a folder, else what the ServiceAddress of its name says.
     pub load_balancer_ips: Vec<IpAddr>,
+    /// spec.loadBalancerClass: whose business its address is; `None`: the default implementation's.
+    pub load_balancer_class: Option<Arc<str>>,
     /// spec.externalName
     pub external_name: Option<Arc<str>>,
     /// spec.ports
@@ -312,6 +334,11 @@ impl Object {
             Object::IpPool(o) => &o.meta,
             Object::IpamBlock(o) => &o.meta,
         }
+    }
+
+    /// Kind and name, which identify it.
+    pub fn key(&self) -> (Kind, ObjectName) {
+        (self.kind(), self.meta().name.clone())
     }
 
     /// Its kind.

@@ -7,8 +7,13 @@
 
 pub mod types;
 
+pub mod yaml;
+
 mod fault;
+mod parse;
+mod scalar;
 mod sections;
 
 pub use fault::{Fault, Faults};
+pub use parse::{known_fields, parse, parse_on};
 pub use sections::*;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use crate::Faults;
 use crate::types::{PodPrefix, SlotClass};
 
 /// All of `kun.yaml`.
@@ -25,8 +26,12 @@ pub struct Config {
     pub bgp: Bgp,
     /// The DNS server.
     pub dns: Dns,
+    /// The operator.
+    pub operator: Operator,
     /// Files, sockets and endpoints of the programs themselves.
     pub agent: Agent,
+    /// What is legal but surely not meant; for logs and `--check-config`.
+    pub warnings: Faults,
 }
 
 /// `node`.
@@ -191,6 +196,17 @@ pub struct Advertise {
 pub struct Dns {
     /// The Corefile.
     pub corefile: PathBuf,
+    /// Prometheus endpoint of `kun-dns`; `None`: off.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// `operator`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Operator {
+    /// Blocks of each class that every node gets at least; 1..=1000.
+    pub blocks_per_node: u32,
+    /// Prometheus endpoint of `kun-operator`; `None`: off.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// `agent`: files, sockets, endpoints.
@@ -202,7 +218,7 @@ pub struct Agent {
     pub socket: PathBuf,
     /// Where maps and links are pinned: a directory on a bpffs.
     pub bpffs_root: PathBuf,
-    /// Prometheus endpoint; `None`: off.
+    /// Prometheus endpoint of `kun-proxy`; `None`: off.
     pub metrics: Option<SocketAddr>,
     /// Log filter, as `RUST_LOG` takes it.
     pub log: String,
