@@ -1,1 +1,29 @@
 //! The CNI shell: netlink, namespaces, the durable store, and the IPAM service that the agent embeds.
+//!
+//! The plugin is a process per verb and synchronous throughout; the agent embeds [`ipam::IpamService`], which commits many
+//! requests with one flush. Both stand on one store, which one process has open at a time.
+
+#![forbid(unsafe_code)]
+
+pub mod clock;
+pub mod ipam;
+pub mod spool;
+pub mod store;
+
+use kun_cni_core::names;
+use kun_config::Interfaces;
+use kun_config::types::SlotClass;
+use kun_control::AttachmentKey;
+
+/// The host-side interface names of an attachment, IPv6's first: one, or two for a dual pod with split interfaces.
+pub fn host_interface_names(
+    key: &AttachmentKey,
+    class: SlotClass,
+    interfaces: Interfaces,
+) -> Vec<String> {
+    let key = ipam::core_key(key);
+    names::pairs(class, interfaces)
+        .iter()
+        .map(|carries| names::host_name(&key, *carries))
+        .collect()
+}

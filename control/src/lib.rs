@@ -84,6 +84,9 @@ pub enum Request {
     Release {
         /// Whose.
         key: AttachmentKey,
+        /// The generation that is meant, where the caller knows it: a late DEL never frees a newer allocation.
+        #[serde(default)]
+        generation: Option<u64>,
     },
     /// CNI CHECK: the allocation as stored.
     Lookup {

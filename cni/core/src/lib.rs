@@ -1,3 +1,7 @@
-//! The IPAM core and the CNI verbs as plans: `step(state, command, now) → (state, reply, effects)`. Pure.
+//! The IPAM core and the CNI protocol: slots with their cooldown as one state machine, the verbs as plans, and the shapes of
+//! the CNI specification (0.3.0 to 1.1.0). Pure: time, boot identity and everything durable come in and go out as values.
 
 #![forbid(unsafe_code)]
+
+pub mod ipam;
+pub mod names;

@@ -1,0 +1,473 @@
+//! The node's IPAM service: one core over one durable store, for the agent (many threads, one flush for all that wait) and for
+//! the plugin alone (one request, then the store is closed again).
+//!
+//! No reply is told before it is durable. When a commit fails, the state in memory is thrown away and read again from the
+//! store before the next request.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use kun_cni_core::ipam::{Command, Effect, Ipam, Key, Owner, Pod, Record, Reply, SlotState};
+use kun_config::types::{BlockId, PodPrefix, Slot, SlotClass};
+use kun_control::{Allocation, AttachmentKey, PodRef, Request, Response, SlotRow};
+
+use crate::spool::Spool;
+use crate::store::{Store, StoreError};
+
+pub use kun_cni_core::ipam::{BootId, BootTime};
+
+/// How long a starting agent waits for plugins that have the store open: each holds it for milliseconds.
+pub const OPEN_WITHIN: Duration = Duration::from_secs(10);
+
+/// Requests that may wait for a commit. The node's densest burst is 2,500 pods; beyond this the caller is told to come again.
+const MAX_WAITING: usize = 8192;
+
+/// Longest part of a key: container ids have 64 signs, pod names and namespaces at most 253.
+const MAX_PART: usize = 256;
+
+/// Why the service did not open, or does not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum IpamError {
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// More blocks than a node may have.
+    #[error(
+        "{blocks} blocks are more than one node may have ({}); give it larger pools of fewer",
+        kun_cni_core::ipam::MAX_BLOCKS
+    )]
+    TooManyBlocks {
+        /// How many there were.
+        blocks: usize,
+    },
+    /// Too many callers at once.
+    #[error("{MAX_WAITING} requests wait for the store already; try again")]
+    Overloaded,
+}
+
+/// The service. Share it by reference: every method takes `&self`.
+#[derive(Debug)]
+pub struct IpamService {
+    prefix: PodPrefix,
+    default_class: SlotClass,
+    cooldown: Duration,
+    boot: BootId,
+    state_dir: PathBuf,
+    spool: Spool,
+    open: Mutex<Option<Open>>,
+    queue: Mutex<Queue>,
+    answered: Condvar,
+}
+
+/// The store and the state that it holds.
+#[derive(Debug)]
+struct Open {
+    store: Store,
+    core: Ipam,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    next: u64,
+    waiting: Vec<(u64, Command, BootTime)>,
+    replies: BTreeMap<u64, Result<Reply, String>>,
+    /// One of the callers commits for all that waited when it began.
+    led: bool,
+}
+
+impl IpamService {
+    /// Opens the store in this directory, applies what a new boot means, and drains the spool. Fails when the store is damaged
+    /// or another process keeps it for longer than [`OPEN_WITHIN`].
+    pub fn open(
+        state_dir: &Path,
+        config: &kun_config::Ipam,
+        boot: BootId,
+        now: BootTime,
+    ) -> Result<Self, IpamError> {
+        Self::open_within(state_dir, config, boot, now, OPEN_WITHIN)
+    }
+
+    /// [`IpamService::open`] with another patience.
+    pub fn open_within(
+        state_dir: &Path,
+        config: &kun_config::Ipam,
+        boot: BootId,
+        now: BootTime,
+        wait: Duration,
+    ) -> Result<Self, IpamError> {
+        let service = Self {
+            prefix: config.pod_prefix,
+            default_class: config.default_class,
+            cooldown: config.cooldown,
+            boot,
+            state_dir: state_dir.to_owned(),
+            spool: Spool::new(state_dir),
+            open: Mutex::new(None),
+            queue: Mutex::new(Queue::default()),
+            answered: Condvar::new(),
+        };
+        let mut open = service.open_store(now, wait)?;
+        service.drain_spool(&mut open, now)?;
+        *service.lock_open() = Some(open);
+        Ok(service)
+    }
+
+    /// Answers `Allocate`, `Attached`, `Release`, `Lookup` and `Ipam`, durably where something changed; blocks for one flush.
+    /// `Attached` is only acknowledged: programs and routes are the agent's.
+    pub fn handle(&self, request: &Request, now: BootTime) -> Response {
+        match request {
+            Request::Allocate { key, pod, class } => {
+                if let Some(refused) = refuse(key, pod) {
+                    return refused;
+                }
+                let owner = Owner {
+                    key: core_key(key),
+                    pod: Pod {
+                        namespace: pod.namespace.clone(),
+                        name: pod.name.clone(),
+                        uid: pod.uid.clone(),
+                    },
+                };
+                let class = class.unwrap_or(self.default_class);
+                self.respond(Command::Allocate { owner, class }, now)
+            }
+            Request::Release { key, generation } => {
+                let key = core_key(key);
+                let generation = *generation;
+                self.respond(Command::Release { key, generation }, now)
+            }
+            Request::Attached { .. } => Response::Done,
+            Request::Lookup { key } => match self.read(now, |core| core.lookup(&core_key(key))) {
+                Ok(Some(found)) => Response::Allocation {
+                    allocation: self.allocation(&found),
+                },
+                Ok(None) => Response::Unknown,
+                Err(e) => failed(e),
+            },
+            Request::Ipam => match self.rows(now) {
+                Ok(slots) => Response::Ipam { slots },
+                Err(e) => failed(e),
+            },
+            Request::Status | Request::Why { .. } => Response::Failed {
+                message: "the address service answers only for addresses; ask the node agent"
+                    .into(),
+            },
+        }
+    }
+
+    /// The blocks that this node owns from now on; durable, so that the plugin alone knows them too.
+    pub fn set_blocks(&self, blocks: &[BlockId], now: BootTime) -> Result<(), IpamError> {
+        let wanted: BTreeSet<BlockId> = blocks.iter().copied().collect();
+        let count = wanted.len();
+        match self.submit(Command::SetBlocks(wanted), now) {
+            Ok(Reply::TooManyBlocks) => Err(IpamError::TooManyBlocks { blocks: count }),
+            Ok(_) => Ok(()),
+            Err(what) => Err(self.store_io(what)),
+        }
+    }
+
+    /// Lets cooled slots become free in the store too; call it every few seconds, so that a reboot does not cool them again.
+    pub fn tick(&self, now: BootTime) -> Result<(), IpamError> {
+        self.submit(Command::Tick, now)
+            .map(|_| ())
+            .map_err(|what| self.store_io(what))
+    }
+
+    /// Every live allocation.
+    pub fn live(&self, now: BootTime) -> Result<Vec<Allocation>, IpamError> {
+        self.read(now, |core| core.live().collect::<Vec<_>>())
+            .map(|live| live.iter().map(|a| self.allocation(a)).collect())
+    }
+
+    /// The blocks that are ours.
+    pub fn blocks(&self, now: BootTime) -> Result<Vec<BlockId>, IpamError> {
+        self.read(now, |core| core.owned().collect())
+    }
+
+    /// Slots of the class: allocated, cooling, free.
+    pub fn counts(&self, class: SlotClass, now: BootTime) -> Result<(u32, u32, u32), IpamError> {
+        self.read(now, |core| core.counts(class))
+    }
+
+    fn rows(&self, now: BootTime) -> Result<Vec<SlotRow>, IpamError> {
+        self.read(now, |core| {
+            core.records()
+                .filter_map(|record| self.row(core, record, now))
+                .collect()
+        })
+    }
+
+    fn row(&self, core: &Ipam, record: &Record, now: BootTime) -> Option<SlotRow> {
+        let (state, owner, free_in_secs) = match &record.state {
+            SlotState::Allocated { owner } => ("allocated", owner.clone(), None),
+            SlotState::Cooling { owner, since } => {
+                let left = core.remaining(*since, now);
+                // Its time has passed, only no command came since.
+                if left.is_zero() {
+                    return None;
+                }
+                let owner = owner.clone().unwrap_or_else(nobody);
+                ("cooling", owner, Some(round_up(left)))
+            }
+            SlotState::Free => return None,
+        };
+        Some(SlotRow {
+            slot: record.slot,
+            state: state.into(),
+            generation: record.generation,
+            v6: self.prefix.address(record.slot),
+            v4: v4(record.slot),
+            key: control_key(&owner.key),
+            pod: control_pod(&owner.pod),
+            free_in_secs,
+        })
+    }
+
+    fn respond(&self, command: Command, now: BootTime) -> Response {
+        match self.submit(command, now) {
+            Ok(Reply::Allocated(allocation)) => Response::Allocation {
+                allocation: self.allocation(&allocation),
+            },
+            Ok(Reply::Exhausted {
+                retry_after,
+                allocated,
+                cooling,
+            }) => Response::Exhausted {
+                retry_after_secs: retry_after.map(round_up),
+                allocated,
+                cooling,
+            },
+            Ok(
+                Reply::Released(_) | Reply::NothingToRelease | Reply::Done | Reply::TooManyBlocks,
+            ) => Response::Done,
+            Err(message) => Response::Failed { message },
+        }
+    }
+
+    /// Queues the command; whoever finds nobody leading commits for all that wait. A caller waits for at most two flushes.
+    fn submit(&self, command: Command, now: BootTime) -> Result<Reply, String> {
+        let mut queue = self.lock_queue();
+        if queue.waiting.len() >= MAX_WAITING {
+            return Err(IpamError::Overloaded.to_string());
+        }
+        let ticket = queue.next;
+        queue.next += 1;
+        queue.waiting.push((ticket, command, now));
+        loop {
+            if let Some(reply) = queue.replies.remove(&ticket) {
+                return reply;
+            }
+            if queue.led {
+                queue = self
+                    .answered
+                    .wait(queue)
+                    .unwrap_or_else(std::sync::PoisonError::into_inner);
+                continue;
+            }
+            queue.led = true;
+            let batch = std::mem::take(&mut queue.waiting);
+            drop(queue);
+            let replies = self.commit(batch);
+            queue = self.lock_queue();
+            queue.led = false;
+            queue.replies.extend(replies);
+            self.answered.notify_all();
+        }
+    }
+
+    /// Steps the whole batch, makes all effects durable in one transaction, and only then hands out the replies.
+    fn commit(&self, batch: Vec<(u64, Command, BootTime)>) -> Vec<(u64, Result<Reply, String>)> {
+        let tickets: Vec<u64> = batch.iter().map(|(ticket, ..)| *ticket).collect();
+        let mut guard = self.lock_open();
+        let outcome = match guard.take() {
+            Some(open) => Ok(open),
+            None => match batch.first() {
+                Some((_, _, now)) => self.open_store(*now, Duration::ZERO),
+                None => return Vec::new(),
+            },
+        }
+        .and_then(|mut open| {
+            if let Some((_, _, now)) = batch.first() {
+                self.drain_spool(&mut open, *now)?;
+            }
+            let mut effects = Vec::new();
+            let mut replies = Vec::with_capacity(batch.len());
+            for (_, command, now) in batch {
+                let step = open.core.step(command, now);
+                effects.extend(step.effects);
+                replies.push(step.reply);
+            }
+            open.store.commit(&effects)?;
+            Ok((open, replies))
+        });
+        match outcome {
+            Ok((open, replies)) => {
+                *guard = Some(open);
+                tickets
+                    .into_iter()
+                    .zip(replies.into_iter().map(Ok))
+                    .collect()
+            }
+            // `open` was dropped with the error: memory may be ahead of the store.
+            Err(e) => {
+                let message = e.to_string();
+                tickets
+                    .into_iter()
+                    .map(|ticket| (ticket, Err(message.clone())))
+                    .collect()
+            }
+        }
+    }
+
+    fn open_store(&self, now: BootTime, wait: Duration) -> Result<Open, IpamError> {
+        let store = Store::open(&self.state_dir, wait)?;
+        let (core, effects) = Ipam::load(store.load()?, self.cooldown, self.boot, now)
+            .map_err(|e| store.damaged(e))?;
+        store.commit(&effects)?;
+        Ok(Open { store, core })
+    }
+
+    /// Applies waiting releases and removes them durably before anything else is allocated: an entry that knows no generation
+    /// must never meet a newer allocation of its key.
+    fn drain_spool(&self, open: &mut Open, now: BootTime) -> Result<(), IpamError> {
+        let entries = self.spool.entries();
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let mut effects: Vec<Effect> = Vec::new();
+        let mut paths = Vec::new();
+        for (path, entry) in entries {
+            let command = Command::Release {
+                key: entry.key,
+                generation: entry.generation,
+            };
+            effects.extend(open.core.step(command, now).effects);
+            paths.push(path);
+        }
+        open.store.commit(&effects)?;
+        self.spool.remove(&paths).map_err(|e| {
+            IpamError::Store(StoreError::Io {
+                path: self.state_dir.join(crate::spool::DIRECTORY),
+                what: e.to_string(),
+            })
+        })
+    }
+
+    fn read<T>(&self, now: BootTime, look: impl FnOnce(&Ipam) -> T) -> Result<T, IpamError> {
+        let mut guard = self.lock_open();
+        if guard.is_none() {
+            *guard = Some(self.open_store(now, Duration::ZERO)?);
+        }
+        let open = guard.as_ref().expect("it was opened just now");
+        Ok(look(&open.core))
+    }
+
+    fn allocation(&self, a: &kun_cni_core::ipam::Allocation) -> Allocation {
+        Allocation {
+            key: control_key(&a.owner.key),
+            slot: a.slot,
+            generation: a.generation,
+            v6: self.prefix.address(a.slot),
+            v4: v4(a.slot),
+            pod: control_pod(&a.owner.pod),
+        }
+    }
+
+    fn store_io(&self, what: String) -> IpamError {
+        IpamError::Store(StoreError::Io {
+            path: self.state_dir.join(crate::store::FILE),
+            what,
+        })
+    }
+
+    fn lock_open(&self) -> MutexGuard<'_, Option<Open>> {
+        self.open.lock().unwrap_or_else(|poisoned| {
+            // A panic while stepping may have left half a step: the store is the truth.
+            self.open.clear_poison();
+            let mut guard = poisoned.into_inner();
+            *guard = None;
+            guard
+        })
+    }
+
+    fn lock_queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+fn refuse(key: &AttachmentKey, pod: &PodRef) -> Option<Response> {
+    let parts = [
+        ("network", &key.network),
+        ("containerId", &key.container_id),
+        ("ifname", &key.ifname),
+        ("namespace", &pod.namespace),
+        ("name", &pod.name),
+        ("uid", &pod.uid),
+    ];
+    parts
+        .into_iter()
+        .find(|(_, value)| value.len() > MAX_PART)
+        .map(|(name, value)| Response::Failed {
+            message: format!(
+                "{name} has {} bytes; at most {MAX_PART} are stored",
+                value.len()
+            ),
+        })
+}
+
+fn failed(error: IpamError) -> Response {
+    Response::Failed {
+        message: error.to_string(),
+    }
+}
+
+fn round_up(duration: Duration) -> u64 {
+    duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
+}
+
+fn v4(slot: Slot) -> Option<std::net::Ipv4Addr> {
+    match slot.class() {
+        SlotClass::Dual => Some(slot.ipv4()),
+        SlotClass::V6Only => None,
+    }
+}
+
+fn nobody() -> Owner {
+    Owner {
+        key: Key {
+            container_id: String::new(),
+            ifname: String::new(),
+            network: String::new(),
+        },
+        pod: Pod::default(),
+    }
+}
+
+/// The core's form of a key.
+pub(crate) fn core_key(key: &AttachmentKey) -> Key {
+    Key {
+        container_id: key.container_id.clone(),
+        ifname: key.ifname.clone(),
+        network: key.network.clone(),
+    }
+}
+
+fn control_key(key: &Key) -> AttachmentKey {
+    AttachmentKey {
+        network: key.network.clone(),
+        container_id: key.container_id.clone(),
+        ifname: key.ifname.clone(),
+    }
+}
+
+fn control_pod(pod: &Pod) -> PodRef {
+    PodRef {
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        uid: pod.uid.clone(),
+    }
+}

@@ -1,0 +1,234 @@
+//! The durable store: one redb file below the state directory, open in one process at a time.
+//!
+//! Owns the layout of the tables and nothing else. A file that cannot be read as written is refused, never repaired by
+//! guessing: two pods with one address are worse than none started.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use kun_cni_core::ipam::{BootId, Effect, Record, Snapshot};
+use kun_config::types::{BlockId, Slot};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
+
+/// The file's name below the state directory.
+pub const FILE: &str = "ipam.redb";
+
+/// 16 bytes of boot id under one row, so that the table can hold more later.
+const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+const BOOT: &str = "boot";
+/// Slot → JSON of its record.
+const SLOTS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("slots");
+/// First slot → owned.
+const BLOCKS: TableDefinition<'_, u32, bool> = TableDefinition::new("blocks");
+
+/// The whole store of the densest node is under 4 MB; redb's own default would be a gigabyte.
+const CACHE: usize = 8 << 20;
+
+/// How often a waiting process looks again: an ADD alone holds the store for about ten milliseconds.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+
+/// Why the store cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The state directory cannot be made.
+    #[error("{}: {source}; the state directory must be a writable directory", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// Another process has it open for longer than this one may wait.
+    #[error("{}: another process has had the store open for {waited:?}; is an agent hung?", path.display())]
+    Busy {
+        /// The file.
+        path: PathBuf,
+        /// How long this process waited.
+        waited: Duration,
+    },
+    /// The file is not as it was written.
+    #[error(
+        "{}: the store is damaged ({what}); it is left as it is: move it away once no pod of this node is left, or restore it",
+        path.display()
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was found.
+        what: String,
+    },
+    /// Reading or writing failed.
+    #[error("{}: {what}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The library's word.
+        what: String,
+    },
+}
+
+/// The open store.
+#[derive(Debug)]
+pub struct Store {
+    path: PathBuf,
+    database: Database,
+}
+
+impl Store {
+    /// Opens the store in this directory, made if it is not there; waits at most so long for another process to close it.
+    pub fn open(state_dir: &Path, wait: Duration) -> Result<Self, StoreError> {
+        std::fs::create_dir_all(state_dir).map_err(|source| StoreError::Directory {
+            path: state_dir.to_owned(),
+            source,
+        })?;
+        let path = state_dir.join(FILE);
+        let begin = Instant::now();
+        loop {
+            match Database::builder()
+                .set_cache_size(CACHE)
+                .set_check_integrity_on_open(true)
+                .create(&path)
+            {
+                Ok(database) => {
+                    let store = Self { path, database };
+                    store.make_tables()?;
+                    return Ok(store);
+                }
+                Err(DatabaseError::DatabaseAlreadyOpen) => {
+                    let waited = begin.elapsed();
+                    if waited >= wait {
+                        return Err(StoreError::Busy { path, waited });
+                    }
+                    std::thread::sleep(LOOK_AGAIN);
+                }
+                Err(DatabaseError::Storage(redb::StorageError::Corrupted(what))) => {
+                    return Err(StoreError::Damaged { path, what });
+                }
+                Err(e @ (DatabaseError::RepairAborted | DatabaseError::UpgradeRequired(_))) => {
+                    return Err(StoreError::Damaged {
+                        path,
+                        what: e.to_string(),
+                    });
+                }
+                // Not a redb file at all is told as InvalidData.
+                Err(DatabaseError::Storage(redb::StorageError::Io(e)))
+                    if e.kind() == std::io::ErrorKind::InvalidData =>
+                {
+                    return Err(StoreError::Damaged {
+                        path,
+                        what: e.to_string(),
+                    });
+                }
+                Err(e) => {
+                    return Err(StoreError::Io {
+                        path,
+                        what: e.to_string(),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Everything in it.
+    pub fn load(&self) -> Result<Snapshot, StoreError> {
+        let mut snapshot = Snapshot::default();
+        let read = self.database.begin_read().map_err(|e| self.io(e))?;
+        let meta = read.open_table(META).map_err(|e| self.io(e))?;
+        if let Some(row) = meta.get(BOOT).map_err(|e| self.io(e))? {
+            let bytes: [u8; 16] = row
+                .value()
+                .try_into()
+                .map_err(|_| self.damaged("the boot id has not 16 bytes"))?;
+            snapshot.boot = Some(BootId(u128::from_be_bytes(bytes)));
+        }
+        let blocks = read.open_table(BLOCKS).map_err(|e| self.io(e))?;
+        for row in blocks.iter().map_err(|e| self.io(e))? {
+            let (first, owned) = row.map_err(|e| self.io(e))?;
+            let first = Slot(first.value());
+            let block = BlockId::new(first)
+                .ok_or_else(|| self.damaged(format!("block {first} is not aligned")))?;
+            snapshot.blocks.insert(block, owned.value());
+        }
+        let slots = read.open_table(SLOTS).map_err(|e| self.io(e))?;
+        for row in slots.iter().map_err(|e| self.io(e))? {
+            let (slot, bytes) = row.map_err(|e| self.io(e))?;
+            let slot = Slot(slot.value());
+            let record: Record = serde_json::from_slice(bytes.value())
+                .map_err(|e| self.damaged(format!("the row of slot {slot}: {e}")))?;
+            snapshot.records.insert(slot, record);
+        }
+        Ok(snapshot)
+    }
+
+    /// Makes the effects durable, all or none: one transaction, one flush.
+    pub fn commit(&self, effects: &[Effect]) -> Result<(), StoreError> {
+        if effects.is_empty() {
+            return Ok(());
+        }
+        let write = self.database.begin_write().map_err(|e| self.io(e))?;
+        {
+            let mut meta = write.open_table(META).map_err(|e| self.io(e))?;
+            let mut blocks = write.open_table(BLOCKS).map_err(|e| self.io(e))?;
+            let mut slots = write.open_table(SLOTS).map_err(|e| self.io(e))?;
+            for effect in effects {
+                match effect {
+                    Effect::PutBoot(boot) => {
+                        meta.insert(BOOT, boot.0.to_be_bytes().as_slice())
+                            .map_err(|e| self.io(e))?;
+                    }
+                    Effect::PutBlock { block, owned } => {
+                        blocks
+                            .insert(block.first().0, *owned)
+                            .map_err(|e| self.io(e))?;
+                    }
+                    Effect::PutSlot(record) => {
+                        let bytes = serde_json::to_vec(record)
+                            .expect("a record holds only strings and numbers");
+                        slots
+                            .insert(record.slot.0, bytes.as_slice())
+                            .map_err(|e| self.io(e))?;
+                    }
+                }
+            }
+        }
+        write.commit().map_err(|e| self.io(e))
+    }
+
+    /// Reading a missing table is an error in redb: they are made once.
+    fn make_tables(&self) -> Result<(), StoreError> {
+        let read = self.database.begin_read().map_err(|e| self.io(e))?;
+        if read.open_table(SLOTS).is_ok() {
+            return Ok(());
+        }
+        drop(read);
+        let write = self.database.begin_write().map_err(|e| self.io(e))?;
+        write.open_table(META).map_err(|e| self.io(e))?;
+        write.open_table(BLOCKS).map_err(|e| self.io(e))?;
+        write.open_table(SLOTS).map_err(|e| self.io(e))?;
+        write.commit().map_err(|e| self.io(e))
+    }
+
+    /// The file, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// For whoever finds that the rows contradict each other.
+    pub fn damaged(&self, what: impl ToString) -> StoreError {
+        StoreError::Damaged {
+            path: self.path.clone(),
+            what: what.to_string(),
+        }
+    }
+
+    fn io(&self, error: impl Into<redb::Error>) -> StoreError {
+        let path = self.path.clone();
+        match error.into() {
+            redb::Error::Corrupted(what) => StoreError::Damaged { path, what },
+            other => StoreError::Io {
+                path,
+                what: other.to_string(),
+            },
+        }
+    }
+}
