@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod corefile;
 pub mod types;
 
 pub mod yaml;
