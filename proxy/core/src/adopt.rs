@@ -37,7 +37,10 @@ impl Planner {
             }
             planner.generations[index] = record.generation;
             let lives = record.state == state::ACTIVE || record.state == state::DRAINING;
-            if !lives || planner.orphan(record.service).is_none() || !planner.backend_ids.reserve(*id) {
+            if !lives
+                || planner.orphan(record.service).is_none()
+                || !planner.backend_ids.reserve(*id)
+            {
                 continue;
             }
             let port = planner.orphan(record.service).expect("made above");
@@ -70,7 +73,8 @@ impl Planner {
                 continue;
             }
             planner.epochs[*id as usize][index] = view.epoch;
-            let extent = Extent::of_view(view.base, view.count).filter(|e| planner.extents.reserve(*e));
+            let extent =
+                Extent::of_view(view.base, view.count).filter(|e| planner.extents.reserve(*e));
             let slots = observed.slots.get(&(*id, *number));
             planner.adopt_view(*id, index, *view, extent, slots.map_or(&[], Vec::as_slice));
         }

@@ -53,7 +53,11 @@ pub enum Torn {
 
 impl Model {
     /// What a client of `key` may get, with how many slots: the backends of the view that take new flows. `None`: no such frontend.
-    pub fn lookup(&self, key: &ServiceKey, external: bool) -> Option<BTreeMap<u32, (Record, usize)>> {
+    pub fn lookup(
+        &self,
+        key: &ServiceKey,
+        external: bool,
+    ) -> Option<BTreeMap<u32, (Record, usize)>> {
         let value = self.held.services.get(key)?;
         let kind = if external {
             value.external_view
@@ -127,11 +131,9 @@ impl Model {
                 }
                 alive |= record.state == state::ACTIVE;
             }
-            let reachable = self
-                .held
-                .services
-                .values()
-                .any(|v| v.service == service && [v.internal_view, v.external_view].contains(&(view as u8)));
+            let reachable = self.held.services.values().any(|v| {
+                v.service == service && [v.internal_view, v.external_view].contains(&(view as u8))
+            });
             if published.count > 0 && !alive && reachable {
                 return Err(Torn::AllDead { service, view });
             }

@@ -273,11 +273,10 @@ impl Planner {
             .extents
             .into_iter()
             .for_each(|e| self.extents.give(e));
-        let short = self.problems.iter().filter(|(_, problems)| {
-            problems
-                .iter()
-                .any(|p| matches!(p, Problem::Full { .. }))
-        });
+        let short = self
+            .problems
+            .iter()
+            .filter(|(_, problems)| problems.iter().any(|p| matches!(p, Problem::Full { .. })));
         self.dirty.extend(short.map(|(name, _)| name.clone()));
         Some(vec![Op::Grace])
     }
@@ -341,8 +340,7 @@ impl Planner {
                 };
                 self.problem(name, problem);
             }
-            port.frontends
-                .retain(|frontend| self.claim(name, frontend));
+            port.frontends.retain(|frontend| self.claim(name, frontend));
             if port.frontends.is_empty() {
                 continue;
             }
@@ -411,7 +409,10 @@ impl Planner {
     /// The id that the port has, or one that leads from its frontends, or a fresh one.
     fn id_for(&mut self, port: &DesiredPort, old: &mut Vec<u32>) -> Option<u32> {
         let position = old.iter().position(|id| {
-            self.ports[*id as usize].as_ref().and_then(|p| p.key.as_ref()) == Some(&port.key)
+            self.ports[*id as usize]
+                .as_ref()
+                .and_then(|p| p.key.as_ref())
+                == Some(&port.key)
         });
         if let Some(position) = position {
             return Some(old.swap_remove(position));
@@ -587,7 +588,13 @@ impl Planner {
                 ids: build(method, &entries),
             });
         }
-        steps.publish.push(Op::Publish {
+        // A view runs empty only after frontends that leave it have left.
+        let place = if count == 0 {
+            &mut steps.unpublish
+        } else {
+            &mut steps.publish
+        };
+        place.push(Op::Publish {
             service: id,
             view: kind,
             value: view,
@@ -612,8 +619,8 @@ impl Planner {
         let mut full = false;
         let mut kept = Vec::with_capacity(want.frontends.len());
         for frontend in &want.frontends {
-            let same = self.holders.get(&frontend.key) == Some(&id)
-                && port.frontends.contains(frontend);
+            let same =
+                self.holders.get(&frontend.key) == Some(&id) && port.frontends.contains(frontend);
             if !same {
                 if !self.holders.contains_key(&frontend.key)
                     && self.holders.len() >= self.limits.services as usize

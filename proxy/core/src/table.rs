@@ -162,7 +162,10 @@ mod tests {
             }
             let fair = table.len() as f64 / f64::from(n);
             for c in counts {
-                assert!((c as f64) >= fair - 1.5 && (c as f64) <= fair + 1.5, "{n}: {c} of {fair}");
+                assert!(
+                    (c as f64) >= fair - 1.5 && (c as f64) <= fair + 1.5,
+                    "{n}: {c} of {fair}"
+                );
             }
         }
     }

@@ -111,7 +111,9 @@ impl Planner {
             steps.push(Reason {
                 what: "drop",
                 object,
-                detail: "no endpoint: connect() gets ECONNREFUSED, a packet an ICMP port unreachable".into(),
+                detail:
+                    "no endpoint: connect() gets ECONNREFUSED, a packet an ICMP port unreachable"
+                        .into(),
                 source: None,
             });
         }
@@ -130,7 +132,10 @@ impl Planner {
             steps.push(Reason {
                 what: "backend",
                 object: endpoint_text(ip(held.addr), held.port.get()),
-                detail: format!("draining: keeps its flows, takes no new ones (id {})", held.id),
+                detail: format!(
+                    "draining: keeps its flows, takes no new ones (id {})",
+                    held.id
+                ),
                 source: None,
             });
         }
@@ -179,9 +184,17 @@ impl Planner {
             detail: format!("id {}, generation {}", held.id, held.generation),
             source: None,
         });
-        let slices = self.slices.get(service).into_iter().flat_map(|s| s.values());
+        let slices = self
+            .slices
+            .get(service)
+            .into_iter()
+            .flat_map(|s| s.values());
         for slice in slices {
-            let Some(endpoint) = slice.endpoints.iter().find(|e| addr(e.address) == held.addr) else {
+            let Some(endpoint) = slice
+                .endpoints
+                .iter()
+                .find(|e| addr(e.address) == held.addr)
+            else {
                 continue;
             };
             steps.push(endpoint_step(slice, endpoint));
@@ -257,7 +270,8 @@ impl Planner {
             steps.push(Reason {
                 what: "route",
                 object: there,
-                detail: "no frontend: the packet is left as it is and the routing table decides".into(),
+                detail: "no frontend: the packet is left as it is and the routing table decides"
+                    .into(),
                 source: None,
             });
         }
