@@ -5,8 +5,13 @@
 
 #![forbid(unsafe_code)]
 
+pub mod folder;
+
+mod kubernetes;
 mod model;
 mod store;
+
+pub use kubernetes::{Manifest, ServiceAddress};
 
 pub use model::*;
 pub use store::Store;

@@ -76,7 +76,8 @@ fn network<N: FromStr + PartialEq + ToString>(
 }
 
 impl Cursor<'_, '_> {
-    pub(crate) fn duration(&self) -> Option<Duration> {
+    /// A duration: `30s`, `1h30m`.
+    pub fn duration(&self) -> Option<Duration> {
         self.scalar(
             "a duration",
             "write a number and a unit (ms, s, m, h, d), such as 30s",
@@ -84,7 +85,8 @@ impl Cursor<'_, '_> {
         )
     }
 
-    pub(crate) fn count(&self, min: u32, max: u32) -> Option<u32> {
+    /// A count within bounds: `65536`, `64Ki`, `100k`.
+    pub fn count(&self, min: u32, max: u32) -> Option<u32> {
         let value = self.scalar(
             "a count",
             format_args!("write a number from {min} to {max}; k, M, Ki and Mi multiply"),
@@ -100,15 +102,18 @@ impl Cursor<'_, '_> {
         Some(value)
     }
 
-    pub(crate) fn v4_net(&self) -> Option<Ipv4Net> {
+    /// An IPv4 prefix without host bits.
+    pub fn v4_net(&self) -> Option<Ipv4Net> {
         network(self, "an IPv4 prefix", "10.64.0.0/16", Ipv4Net::trunc)
     }
 
-    pub(crate) fn v6_net(&self) -> Option<Ipv6Net> {
+    /// An IPv6 prefix without host bits.
+    pub fn v6_net(&self) -> Option<Ipv6Net> {
         network(self, "an IPv6 prefix", "2001:db8::/96", Ipv6Net::trunc)
     }
 
-    pub(crate) fn any_net(&self) -> Option<IpNet> {
+    /// A prefix of either family without host bits.
+    pub fn any_net(&self) -> Option<IpNet> {
         network(
             self,
             "a prefix",
@@ -117,13 +122,15 @@ impl Cursor<'_, '_> {
         )
     }
 
-    pub(crate) fn v4(&self) -> Option<Ipv4Addr> {
+    /// An IPv4 address.
+    pub fn v4(&self) -> Option<Ipv4Addr> {
         self.scalar("an IPv4 address", "write one such as 192.0.2.1", |t| {
             t.parse().ok()
         })
     }
 
-    pub(crate) fn ip(&self) -> Option<IpAddr> {
+    /// An address of either family, without a zone.
+    pub fn ip(&self) -> Option<IpAddr> {
         self.scalar(
             "an IP address",
             "write one such as 192.0.2.1 or 2001:db8::1",
@@ -138,7 +145,7 @@ impl Cursor<'_, '_> {
     }
 
     /// An endpoint, or `off`.
-    pub(crate) fn endpoint(&self) -> Option<Option<SocketAddr>> {
+    pub fn endpoint(&self) -> Option<Option<SocketAddr>> {
         self.scalar(
             "an address and port",
             "write one such as [::]:9466 or 127.0.0.1:9466, or off",
@@ -151,7 +158,8 @@ impl Cursor<'_, '_> {
         )
     }
 
-    pub(crate) fn string(&self) -> Option<String> {
+    /// A non-empty string.
+    pub fn string(&self) -> Option<String> {
         let text = self.text()?;
         if text.is_empty() {
             self.fault("empty", "write a value, or leave the field out");
@@ -160,14 +168,15 @@ impl Cursor<'_, '_> {
         Some(text.to_owned())
     }
 
-    pub(crate) fn absolute_path(&self) -> Option<PathBuf> {
+    /// A path that begins with `/`.
+    pub fn absolute_path(&self) -> Option<PathBuf> {
         self.scalar("an absolute path", "write one that begins with /", |t| {
             t.starts_with('/').then(|| PathBuf::from(t))
         })
     }
 
     /// A Linux interface name: 1–15 bytes, no `/`, `:` or space, not `.` or `..`.
-    pub(crate) fn interface(&self) -> Option<String> {
+    pub fn interface(&self) -> Option<String> {
         self.scalar(
             "an interface name",
             "write one of up to 15 letters, such as eth0",
@@ -180,7 +189,7 @@ impl Cursor<'_, '_> {
     }
 
     /// A name of an API object (RFC 1123 subdomain).
-    pub(crate) fn object_name(&self) -> Option<String> {
+    pub fn object_name(&self) -> Option<String> {
         self.scalar(
             "a name",
             "write lower-case letters, digits, `-` and `.`, at most 253",
@@ -201,7 +210,7 @@ impl Cursor<'_, '_> {
     }
 
     /// One of a few words.
-    pub(crate) fn choice<T: Copy>(&self, choices: &[(&str, T)]) -> Option<T> {
+    pub fn choice<T: Copy>(&self, choices: &[(&str, T)]) -> Option<T> {
         let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
         let right = format!("write {}", words.join(" or "));
         self.scalar("known here", right, |t| {

@@ -1,0 +1,350 @@
+//! What the files say now, against what they said before. Reads files; knows no watches and no time.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{DefaultHasher, Hasher};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::watch::Wake;
+use super::{MAX_DEPTH, parse_with};
+use crate::kubernetes::{Interner, Manifest};
+use crate::{Delta, Kind, Object, ObjectName, Origin, Service, ServiceType};
+
+/// 100,000 Services with their slices in one file are 150 MB; a larger file is not a manifest.
+const MAX_FILE: u64 = 256 << 20;
+
+/// Files of one folder: ten times a manifest an object in the largest cluster that a folder makes sense for.
+const MAX_FILES: usize = 200_000;
+
+/// Faults told of one file.
+const MAX_TOLD: usize = 10;
+
+type Key = (Kind, ObjectName);
+
+#[derive(Debug)]
+pub(super) struct Scanner {
+    root: PathBuf,
+    folders: BTreeSet<PathBuf>,
+    files: BTreeMap<PathBuf, File>,
+    merged: HashMap<Key, Object>,
+    /// Troubles of the walk itself: an unreadable folder.
+    walk_troubles: Vec<String>,
+    duplicates: Vec<String>,
+    told: BTreeSet<String>,
+    names: Interner,
+}
+
+/// One manifest file.
+#[derive(Debug, Default)]
+struct File {
+    stat: Stat,
+    hash: Option<u64>,
+    /// As it was when it was last right.
+    good: Manifest,
+    troubles: Vec<String>,
+}
+
+/// When two are equal nothing was written between them, or within one tick of the file system's clock: those writes are named by
+/// inotify.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Stat {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stat {
+    fn of(meta: &std::fs::Metadata) -> Self {
+        Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.len(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        }
+    }
+}
+
+impl Scanner {
+    pub(super) fn new(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+            folders: BTreeSet::new(),
+            files: BTreeMap::new(),
+            merged: HashMap::new(),
+            walk_troubles: Vec::new(),
+            duplicates: Vec::new(),
+            told: BTreeSet::new(),
+            names: Interner::default(),
+        }
+    }
+
+    /// The folders that were read, as paths to watch.
+    pub(super) fn folders(&self) -> &BTreeSet<PathBuf> {
+        &self.folders
+    }
+
+    /// Walks the folder and reads the files that may have changed; whether any object may have.
+    pub(super) fn read_files(&mut self, wake: &Wake) -> bool {
+        let mut walk = Walk::default();
+        if let Err(error) = walk.enter(&self.root, 0) {
+            // A root that is gone for a moment (a swap by two renames, an unmounted volume) takes nothing with it.
+            self.walk_troubles = vec![format!(
+                "{}: cannot be read ({error}); what was read before stays in force",
+                self.root.display()
+            )];
+            return false;
+        }
+        let gone: Vec<PathBuf> = (self.files.keys())
+            .filter(|path| !walk.files.contains_key(*path) && !walk.is_below_unreadable(path))
+            .cloned()
+            .collect();
+        let mut changed = !gone.is_empty();
+        for path in gone {
+            self.files.remove(&path);
+        }
+        for (path, stat) in &walk.files {
+            let known = self.files.contains_key(path);
+            if wake.writing.contains(path) {
+                continue;
+            }
+            let file = self.files.entry(path.clone()).or_default();
+            if known && file.stat == *stat && !wake.all && !wake.dirty.contains(path) {
+                continue;
+            }
+            changed |= file.read(path, *stat, &mut self.names);
+        }
+        self.folders = walk.folders;
+        self.walk_troubles = walk.troubles;
+        changed
+    }
+
+    /// Puts the files together; what is different from last time, removals first, in a fixed order.
+    pub(super) fn merge(&mut self) -> Vec<Delta> {
+        let mut merged: HashMap<Key, Object> = HashMap::with_capacity(self.merged.len());
+        self.duplicates.clear();
+        for object in self.files.values().flat_map(|f| &f.good.objects) {
+            let key = object.key();
+            if let Some(first) = merged.get(&key) {
+                self.duplicates.push(duplicate(
+                    &format!("{:?}", key.0),
+                    &key.1,
+                    &object.meta().origin,
+                    &first.meta().origin,
+                ));
+            } else {
+                merged.insert(key, object.clone());
+            }
+        }
+        self.merge_addresses(&mut merged);
+        let mut deltas: Vec<Delta> = Vec::new();
+        let mut removed: Vec<&Key> = self
+            .merged
+            .keys()
+            .filter(|key| !merged.contains_key(*key))
+            .collect();
+        removed.sort();
+        deltas.extend(
+            removed
+                .into_iter()
+                .map(|(kind, name)| Delta::Remove(*kind, name.clone())),
+        );
+        let mut upserts: Vec<(&Key, &Object)> = merged
+            .iter()
+            .filter(|(key, object)| self.merged.get(*key) != Some(*object))
+            .collect();
+        upserts.sort_by_key(|(key, _)| *key);
+        deltas.extend(
+            upserts
+                .into_iter()
+                .map(|(_, object)| Delta::Upsert(object.clone())),
+        );
+        self.merged = merged;
+        deltas
+    }
+
+    /// A ServiceAddress gives its Service the addresses that a status would; a status in the manifest itself goes first.
+    fn merge_addresses(&mut self, merged: &mut HashMap<Key, Object>) {
+        let mut first_of: HashMap<&ObjectName, &Origin> = HashMap::new();
+        for address in self.files.values().flat_map(|f| &f.good.addresses) {
+            let name = &address.meta.name;
+            if let Some(first) = first_of.insert(name, &address.meta.origin) {
+                self.duplicates.push(duplicate(
+                    "ServiceAddress",
+                    name,
+                    &address.meta.origin,
+                    first,
+                ));
+                first_of.insert(name, first);
+                continue;
+            }
+            let Some(Object::Service(service)) = merged.get_mut(&(Kind::Service, name.clone()))
+            else {
+                continue;
+            };
+            if service.kind == ServiceType::LoadBalancer && service.load_balancer_ips.is_empty() {
+                *service = Arc::new(Service {
+                    load_balancer_ips: address.addresses.clone(),
+                    ..Service::clone(service)
+                });
+            }
+        }
+    }
+
+    /// Troubles that were not there at the last call; one that went away and comes back is told again.
+    pub(super) fn new_troubles(&mut self, watch: Option<String>) -> Vec<String> {
+        let now: BTreeSet<String> = (self.walk_troubles.iter())
+            .chain(self.files.values().flat_map(|f| &f.troubles))
+            .chain(&self.duplicates)
+            .cloned()
+            .chain(watch)
+            .collect();
+        let new = now.difference(&self.told).cloned().collect();
+        self.told = now;
+        new
+    }
+}
+
+fn duplicate(kind: &str, name: &ObjectName, here: &Origin, first: &Origin) -> String {
+    format!("{here}: {kind} {name} is also in {first}, which wins; remove one of them")
+}
+
+impl File {
+    /// Reads the file if its contents are new; whether its objects may be others now.
+    fn read(&mut self, path: &Path, stat: Stat, names: &mut Interner) -> bool {
+        self.stat = stat;
+        let text = match read_text(path, stat.size) {
+            Ok(text) => text,
+            // Gone between the walk and now: the removal wakes the next scan.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
+            Err(error) => {
+                self.hash = None;
+                self.troubles = vec![format!(
+                    "{}: cannot be read ({error}){}",
+                    path.display(),
+                    self.kept()
+                )];
+                return false;
+            }
+        };
+        let mut hasher = DefaultHasher::new();
+        hasher.write(text.as_bytes());
+        let hash = hasher.finish();
+        if self.hash == Some(hash) {
+            return false;
+        }
+        self.hash = Some(hash);
+        match parse_with(names, &path.to_string_lossy(), &text) {
+            Ok(manifest) => {
+                self.troubles.clear();
+                self.good = manifest;
+                true
+            }
+            Err(faults) => {
+                let kept = self.kept();
+                let told = faults.0.iter().take(MAX_TOLD);
+                self.troubles = told.map(|fault| format!("{fault}{kept}")).collect();
+                if faults.0.len() > MAX_TOLD {
+                    let more = faults.0.len() - MAX_TOLD;
+                    self.troubles
+                        .push(format!("{}: {more} faults more", path.display()));
+                }
+                false
+            }
+        }
+    }
+
+    fn kept(&self) -> String {
+        match self.good.objects.len() + self.good.addresses.len() {
+            0 => String::new(),
+            n => format!(" (its {n} last good objects stay in force)"),
+        }
+    }
+}
+
+fn read_text(path: &Path, size: u64) -> io::Result<String> {
+    if size > MAX_FILE {
+        return Err(io::Error::other(format!(
+            "{size} bytes, more than {MAX_FILE}"
+        )));
+    }
+    std::fs::read_to_string(path)
+}
+
+#[derive(Default)]
+struct Walk {
+    files: BTreeMap<PathBuf, Stat>,
+    folders: BTreeSet<PathBuf>,
+    unreadable: Vec<PathBuf>,
+    troubles: Vec<String>,
+}
+
+impl Walk {
+    fn enter(&mut self, path: &Path, depth: usize) -> io::Result<()> {
+        let meta = std::fs::metadata(path)?;
+        if !meta.is_dir() {
+            self.files.insert(path.to_owned(), Stat::of(&meta));
+            return Ok(());
+        }
+        let entries: Vec<_> = std::fs::read_dir(path)?.collect::<io::Result<_>>()?;
+        self.folders.insert(path.to_owned());
+        for entry in entries {
+            let name = entry.file_name();
+            if name.as_encoded_bytes().starts_with(b".") {
+                continue;
+            }
+            let path = entry.path();
+            // Follows links. A dangling one, or a file removed meanwhile, is no file.
+            let Ok(meta) = std::fs::metadata(&path) else {
+                continue;
+            };
+            if meta.is_dir() {
+                self.enter_below(&path, depth + 1);
+            } else if meta.is_file() && is_manifest(&path) {
+                if self.files.len() == MAX_FILES {
+                    self.troubles.push(format!(
+                        "{}: more than {MAX_FILES} files; the rest is not read",
+                        self.folders.len()
+                    ));
+                    return Ok(());
+                }
+                self.files.insert(path, Stat::of(&meta));
+            }
+        }
+        Ok(())
+    }
+
+    fn enter_below(&mut self, path: &Path, depth: usize) {
+        if depth > MAX_DEPTH {
+            self.troubles.push(format!(
+                "{}: deeper than {MAX_DEPTH} levels; not read",
+                path.display()
+            ));
+            return;
+        }
+        if let Err(error) = self.enter(path, depth)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            self.unreadable.push(path.to_owned());
+            self.troubles.push(format!(
+                "{}: cannot be read ({error}); what was read there before stays in force",
+                path.display()
+            ));
+        }
+    }
+
+    fn is_below_unreadable(&self, path: &Path) -> bool {
+        self.unreadable
+            .iter()
+            .any(|folder| path.starts_with(folder))
+    }
+}
+
+fn is_manifest(path: &Path) -> bool {
+    path.extension()
+        .is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
+}
