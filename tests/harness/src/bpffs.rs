@@ -34,6 +34,11 @@ impl BpfFs {
         Ok(Self { path })
     }
 
+    /// A bpffs that is mounted, adopted: unmounted on drop.
+    pub fn adopt(path: PathBuf) -> Self {
+        Self { path }
+    }
+
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.path

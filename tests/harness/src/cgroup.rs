@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::names;
-use crate::process::{Process, kill_all};
+use crate::process::{Process, kill_now};
 
 /// Where cgroup v2 is mounted.
 pub fn cgroup2_mount() -> Result<PathBuf> {
@@ -45,6 +45,11 @@ impl Cgroup {
     pub fn create(path: PathBuf) -> Result<Self> {
         fs::create_dir(&path).with_context(|| format!("making the cgroup {}", path.display()))?;
         Ok(Self { path })
+    }
+
+    /// A directory that exists, adopted: removed on drop.
+    pub fn adopt(path: PathBuf) -> Self {
+        Self { path }
     }
 
     /// Its directory.
@@ -102,18 +107,18 @@ fn remove(path: &Path) {
             remove(&entry.path());
         }
     }
-    let members = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
-    let members: Vec<u32> = members
-        .lines()
-        .filter_map(|line| line.parse().ok())
-        .collect();
-    if !members.is_empty() {
-        kill_all(|pid| members.contains(&pid));
+    for pid in members(path) {
+        kill_now(pid);
     }
     // A process leaves its cgroup a moment after it is gone from /proc.
     crate::wait_until(Duration::from_secs(2), || {
         fs::remove_dir(path).is_ok() || !path.exists()
     });
+}
+
+fn members(path: &Path) -> Vec<u32> {
+    let text = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+    text.lines().filter_map(|line| line.parse().ok()).collect()
 }
 
 pub(crate) fn sweep() {

@@ -14,7 +14,7 @@ mod wait;
 
 pub use bpffs::BpfFs;
 pub use cgroup::{Cgroup, cgroup2_mount};
-pub use netns::{Netns, enter, veth};
+pub use netns::{Netns, enter, netns_names, veth};
 pub use process::{Process, run};
 pub use skips::{require_root, require_tool, skip};
 pub use wait::{wait_for, wait_until};

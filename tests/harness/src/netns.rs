@@ -165,14 +165,15 @@ fn is_in(pid: u32, netns: &std::fs::Metadata) -> bool {
 }
 
 pub(crate) fn sweep() {
-    let Ok(entries) = std::fs::read_dir(DIRECTORY) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        if let Some(name) = entry.file_name().to_str().filter(|n| names::orphaned(n)) {
-            remove(name);
-        }
+    for name in netns_names().filter(|name| names::orphaned(name)) {
+        remove(&name);
     }
+}
+
+/// The named network namespaces of this machine.
+pub fn netns_names() -> impl Iterator<Item = String> {
+    let entries = std::fs::read_dir(DIRECTORY).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok())
 }
 
 #[cfg(test)]

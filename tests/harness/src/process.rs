@@ -91,13 +91,20 @@ pub(crate) fn kill_all(pick: impl Fn(u32) -> bool) {
         .filter(|&pid| pid != std::process::id() && pick(pid))
         .collect();
     for &pid in &picked {
-        if let Some(pid) = Pid::from_raw(pid as i32) {
-            let _ = kill_process(pid, Signal::KILL);
-        }
+        kill_now(pid);
     }
     let _ = crate::wait_until(std::time::Duration::from_secs(5), || {
         !picked.iter().any(|&pid| pick(pid))
     });
+}
+
+/// SIGKILL; a process that is gone already is no error.
+pub(crate) fn kill_now(pid: u32) {
+    if pid != std::process::id()
+        && let Some(pid) = Pid::from_raw(pid as i32)
+    {
+        let _ = kill_process(pid, Signal::KILL);
+    }
 }
 
 fn pids() -> impl Iterator<Item = u32> {

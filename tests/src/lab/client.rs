@@ -19,7 +19,7 @@ use super::server::{self, Hello};
 
 /// A lost packet of a lab is lost for good: a second try after this long tells so.
 const TRIES: u32 = 3;
-const WITHIN: Duration = Duration::from_secs(2);
+const WITHIN: Duration = Duration::from_millis(1500);
 
 /// One thing to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,7 +91,9 @@ pub fn serve() -> Result<()> {
     let mut output = std::io::stdout().lock();
     for line in std::io::stdin().lock().lines() {
         let ask: Ask = serde_json::from_str(&line?).context("not a question of the lab's")?;
-        let told = answer(&ask, &mut open).unwrap_or_else(|e| Told::Failed { because: format!("{e:#}") });
+        let told = answer(&ask, &mut open).unwrap_or_else(|e| Told::Failed {
+            because: format!("{e:#}"),
+        });
         serde_json::to_writer(&mut output, &told)?;
         output.write_all(b"\n")?;
         output.flush()?;
@@ -101,7 +103,12 @@ pub fn serve() -> Result<()> {
 
 fn answer(ask: &Ask, open: &mut HashMap<u32, TcpStream>) -> Result<Told> {
     match ask {
-        Ask::Resolve { server, name, v6, tcp } => {
+        Ask::Resolve {
+            server,
+            name,
+            v6,
+            tcp,
+        } => {
             let addresses = resolve(*server, name, *v6, *tcp)?;
             Ok(Told::Addresses { addresses })
         }
@@ -120,7 +127,11 @@ fn answer(ask: &Ask, open: &mut HashMap<u32, TcpStream>) -> Result<Told> {
 }
 
 fn udp_towards(to: SocketAddr) -> Result<UdpSocket> {
-    let any: IpAddr = if to.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { std::net::Ipv4Addr::UNSPECIFIED.into() };
+    let any: IpAddr = if to.is_ipv6() {
+        Ipv6Addr::UNSPECIFIED.into()
+    } else {
+        std::net::Ipv4Addr::UNSPECIFIED.into()
+    };
     let socket = UdpSocket::bind((any, 0))?;
     socket.set_read_timeout(Some(WITHIN))?;
     socket.connect(to)?;
@@ -139,7 +150,9 @@ fn ask_udp(to: SocketAddr, question: &[u8]) -> Result<Vec<u8>> {
         }
     }
     match last {
-        Some(e) if e.kind() == std::io::ErrorKind::WouldBlock => bail!("{to}: no answer to {TRIES} datagrams"),
+        Some(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+            bail!("{to}: no answer to {TRIES} datagrams")
+        }
         Some(e) => Err(e).with_context(|| format!("{to}")),
         None => bail!("{to}: nothing was sent"),
     }
@@ -156,10 +169,17 @@ fn resolve(server: IpAddr, name: &str, v6: bool, tcp: bool) -> Result<Vec<IpAddr
     query.add_query(Query::query(Name::from_ascii(name)?, kind));
     let question = query.to_vec()?;
     let to = SocketAddr::new(server, 53);
-    let answer = if tcp { ask_tcp(to, &question)? } else { ask_udp(to, &question)? };
+    let answer = if tcp {
+        ask_tcp(to, &question)?
+    } else {
+        ask_udp(to, &question)?
+    };
     let answer = Message::from_vec(&answer).context("the answer is not DNS")?;
     let code = answer.metadata.response_code;
-    anyhow::ensure!(code == hickory_proto::op::ResponseCode::NoError, "{name} {kind}: {code}");
+    anyhow::ensure!(
+        code == hickory_proto::op::ResponseCode::NoError,
+        "{name} {kind}: {code}"
+    );
     Ok(answer
         .answers
         .iter()
@@ -217,15 +237,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// Starts one in the namespace and, where given, the cgroup.
-    pub fn start(netns: &Netns, cgroup: Option<&Cgroup>) -> Result<Self> {
-        let mut command = Command::new(std::env::current_exe()?);
-        command.arg("client");
-        Self::start_as(command, netns, cgroup)
-    }
-
-    /// The same, from a given `kun-lab client` command.
-    pub fn start_as(command: Command, netns: &Netns, cgroup: Option<&Cgroup>) -> Result<Self> {
+    /// Starts `kun-lab client` in the namespace and, where given, the cgroup.
+    pub fn start(command: Command, netns: &Netns, cgroup: Option<&Cgroup>) -> Result<Self> {
         let mut command = match cgroup {
             Some(cgroup) => cgroup.wrap(&command),
             None => command,
@@ -234,7 +247,11 @@ impl Client {
         let mut child = netns.run(|| command.spawn()).context("starting a client")?;
         let input = child.stdin.take().context("a piped child has an input")?;
         let output = BufReader::new(child.stdout.take().context("a piped child has an output")?);
-        Ok(Self { child, input, output })
+        Ok(Self {
+            child,
+            input,
+            output,
+        })
     }
 
     /// Asks, and waits for what came of it.
@@ -243,7 +260,10 @@ impl Client {
         line.push(b'\n');
         self.input.write_all(&line).context("the client is gone")?;
         let mut answer = String::new();
-        anyhow::ensure!(self.output.read_line(&mut answer)? > 0, "the client is gone");
+        anyhow::ensure!(
+            self.output.read_line(&mut answer)? > 0,
+            "the client is gone"
+        );
         serde_json::from_str(&answer).context("the client's answer")
     }
 }

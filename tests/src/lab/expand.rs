@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use super::manifests::{Application, ContainerPort, Service, ServicePort, TargetPort, Workload};
-use super::names::{CLUSTER_DNS_V4, MACHINES, Machine, cluster_ip};
+use super::names::{MACHINES, Machine, cluster_ip};
 
 /// More pods than this on one machine's lab is a slip of the pen in `replicas`.
 const MOST_PODS: usize = 150;
@@ -36,11 +36,16 @@ pub struct PodPlan {
 impl PodPlan {
     /// Whether the annotation asks for IPv6 alone.
     pub fn v6_only(&self) -> bool {
-        self.annotations.get("kun.network/ipv4").is_some_and(|v| v == "false")
+        self.annotations
+            .get("kun.network/ipv4")
+            .is_some_and(|v| v == "false")
     }
 
     fn matches(&self, namespace: &str, selector: &BTreeMap<String, String>) -> bool {
-        self.namespace == namespace && selector.iter().all(|(key, value)| self.labels.get(key) == Some(value))
+        self.namespace == namespace
+            && selector
+                .iter()
+                .all(|(key, value)| self.labels.get(key) == Some(value))
     }
 }
 
@@ -57,12 +62,20 @@ impl ServicePlan {
     /// `name.namespace.svc.cluster.local.`
     pub fn dns_name(&self) -> String {
         let meta = &self.service.metadata;
-        format!("{}.{}.svc.{}.", meta.name, meta.namespace, super::names::CLUSTER_DOMAIN)
+        format!(
+            "{}.{}.svc.{}.",
+            meta.name,
+            meta.namespace,
+            super::names::CLUSTER_DOMAIN
+        )
     }
 
     /// `namespace/name`
     pub fn object(&self) -> String {
-        format!("{}/{}", self.service.metadata.namespace, self.service.metadata.name)
+        format!(
+            "{}/{}",
+            self.service.metadata.namespace, self.service.metadata.name
+        )
     }
 }
 
@@ -77,12 +90,22 @@ pub fn pods(application: &Application, notes: &mut Vec<String>) -> Result<Vec<Po
             notes.push(format!("{object}: hostNetwork: the lab does not run these"));
             continue;
         }
-        let replicas = if workload.kind == "DaemonSet" { nodes.len() } else { workload.replicas as usize };
+        let replicas = if workload.kind == "DaemonSet" {
+            nodes.len()
+        } else {
+            workload.replicas as usize
+        };
         for index in 0..replicas {
             let node = match &workload.template.spec.node_name {
-                Some(wanted) => nodes.iter().copied().find(|n| n.name == wanted).ok_or_else(|| {
-                    anyhow::anyhow!("{object}: nodeName {wanted}: the lab's nodes are node-a and node-b")
-                })?,
+                Some(wanted) => nodes
+                    .iter()
+                    .copied()
+                    .find(|n| n.name == wanted)
+                    .ok_or_else(|| {
+                        anyhow::anyhow!(
+                            "{object}: nodeName {wanted}: the lab's nodes are node-a and node-b"
+                        )
+                    })?,
                 None if workload.kind == "DaemonSet" => nodes[index],
                 None => {
                     turn += 1;
@@ -91,7 +114,10 @@ pub fn pods(application: &Application, notes: &mut Vec<String>) -> Result<Vec<Po
             };
             pods.push(pod(workload, index, node));
         }
-        ensure!(pods.len() <= MOST_PODS, "{object}: more than {MOST_PODS} pods in all; lower spec.replicas");
+        ensure!(
+            pods.len() <= MOST_PODS,
+            "{object}: more than {MOST_PODS} pods in all; lower spec.replicas"
+        );
     }
     Ok(pods)
 }
@@ -110,8 +136,16 @@ fn pod(workload: &Workload, index: usize, node: &'static Machine) -> PodPlan {
         node,
         labels: workload.template.metadata.labels.clone(),
         annotations: workload.template.metadata.annotations.clone(),
-        hostname: if stateful { Some(name.clone()) } else { spec.hostname.clone() },
-        subdomain: if stateful { workload.service_name.clone() } else { spec.subdomain.clone() },
+        hostname: if stateful {
+            Some(name.clone())
+        } else {
+            spec.hostname.clone()
+        },
+        subdomain: if stateful {
+            workload.service_name.clone()
+        } else {
+            spec.subdomain.clone()
+        },
         ports: spec.ports().cloned().collect(),
         name,
     }
@@ -121,7 +155,9 @@ fn pod(workload: &Workload, index: usize, node: &'static Machine) -> PodPlan {
 fn suffix(of: &str) -> String {
     const LETTERS: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
     // FNV-1a: any mixing does.
-    let mut hash = of.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    let mut hash = of.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    });
     let mut letters = String::new();
     for _ in 0..5 {
         letters.push(char::from(LETTERS[(hash % LETTERS.len() as u64) as usize]));
@@ -141,21 +177,35 @@ pub fn services(application: &Application) -> Result<Vec<ServicePlan>> {
         let headless = spec.cluster_ip.as_deref() == Some("None");
         let mut cluster_ips = Vec::new();
         if !external && !headless {
-            let given: Vec<&String> = spec.cluster_ip.iter().chain(&spec.cluster_ips).filter(|ip| !ip.is_empty()).collect();
+            let given: Vec<&String> = spec
+                .cluster_ip
+                .iter()
+                .chain(&spec.cluster_ips)
+                .filter(|ip| !ip.is_empty())
+                .collect();
             for ip in given {
                 let ip: IpAddr = ip.parse().map_err(|_| {
-                    anyhow::anyhow!("Service {}: clusterIP {ip} is not an IP address", service.metadata.name)
+                    anyhow::anyhow!(
+                        "Service {}: clusterIP {ip} is not an IP address",
+                        service.metadata.name
+                    )
                 })?;
                 if !cluster_ips.contains(&ip) {
                     cluster_ips.push(ip);
                 }
             }
             if cluster_ips.is_empty() {
-                cluster_ips = families(spec).iter().map(|&v6| cluster_ip(next, v6)).collect();
+                cluster_ips = families(spec)
+                    .iter()
+                    .map(|&v6| cluster_ip(next, v6))
+                    .collect();
                 next += 1;
             }
         }
-        plans.push(ServicePlan { service: service.clone(), cluster_ips });
+        plans.push(ServicePlan {
+            service: service.clone(),
+            cluster_ips,
+        });
     }
     Ok(plans)
 }
@@ -165,7 +215,10 @@ fn families(spec: &super::manifests::ServiceSpec) -> Vec<bool> {
     if spec.ip_families.is_empty() {
         return vec![true, false];
     }
-    spec.ip_families.iter().map(|family| family == "IPv6").collect()
+    spec.ip_families
+        .iter()
+        .map(|family| family == "IPv6")
+        .collect()
 }
 
 /// A running pod: what the endpoint controller knows of it.
@@ -194,14 +247,24 @@ pub fn endpoint_slices(plan: &ServicePlan, pods: &[Endpoint<'_>]) -> Vec<Value> 
     let mut slices = Vec::new();
     for v6 in families {
         let mut by_ports: BTreeMap<Vec<u16>, Vec<Value>> = BTreeMap::new();
-        for endpoint in pods.iter().filter(|e| e.pod.matches(&meta.namespace, &service.spec.selector)) {
+        for endpoint in pods
+            .iter()
+            .filter(|e| e.pod.matches(&meta.namespace, &service.spec.selector))
+        {
             let Some(address) = endpoint.addresses.iter().find(|a| a.is_ipv6() == v6) else {
                 continue;
             };
             // A port whose name the pod does not have is left out of its slice (0 here).
-            let ports: Vec<u16> =
-                service.spec.ports.iter().map(|port| resolve(port, endpoint.pod).unwrap_or(0)).collect();
-            by_ports.entry(ports).or_default().push(endpoint_json(endpoint, *address, plan));
+            let ports: Vec<u16> = service
+                .spec
+                .ports
+                .iter()
+                .map(|port| resolve(port, endpoint.pod).unwrap_or(0))
+                .collect();
+            by_ports
+                .entry(ports)
+                .or_default()
+                .push(endpoint_json(endpoint, *address, plan));
         }
         let kind = if v6 { "IPv6" } else { "IPv4" };
         if by_ports.is_empty() {
@@ -273,11 +336,19 @@ pub fn service_json(plan: &ServicePlan) -> Value {
     let meta = &plan.service.metadata;
     let mut spec = plan.service.raw.clone();
     if !plan.cluster_ips.is_empty() {
-        let families: Vec<&str> = plan.cluster_ips.iter().map(|ip| if ip.is_ipv6() { "IPv6" } else { "IPv4" }).collect();
+        let families: Vec<&str> = plan
+            .cluster_ips
+            .iter()
+            .map(|ip| if ip.is_ipv6() { "IPv6" } else { "IPv4" })
+            .collect();
         spec["clusterIP"] = json!(plan.cluster_ips[0]);
         spec["clusterIPs"] = json!(plan.cluster_ips);
         spec["ipFamilies"] = json!(families);
-        spec["ipFamilyPolicy"] = json!(if families.len() == 2 { "RequireDualStack" } else { "SingleStack" });
+        spec["ipFamilyPolicy"] = json!(if families.len() == 2 {
+            "RequireDualStack"
+        } else {
+            "SingleStack"
+        });
     }
     json!({
         "apiVersion": "v1",
@@ -307,22 +378,6 @@ pub fn pod_json(pod: &PodPlan, addresses: &[IpAddr]) -> Value {
         },
         "spec": spec,
         "status": {"phase": "Running", "podIP": addresses.first(), "podIPs": ips},
-    })
-}
-
-/// The Service in front of the DNS pods.
-pub fn dns_service() -> Value {
-    json!({
-        "kind": "Service",
-        "metadata": {"name": "kube-dns", "namespace": "kube-system", "labels": {"k8s-app": "kube-dns"}},
-        "spec": {
-            "clusterIP": CLUSTER_DNS_V4, "clusterIPs": [CLUSTER_DNS_V4, super::names::CLUSTER_DNS_V6],
-            "selector": {"k8s-app": "kube-dns"},
-            "ports": [
-                {"name": "dns", "port": 53, "protocol": "UDP", "targetPort": 53},
-                {"name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": 53},
-            ],
-        },
     })
 }
 
@@ -374,7 +429,10 @@ spec: {clusterIP: None, selector: {app: db}, ports: [{port: 5432}]}
         assert_eq!(nodes, ["node-a", "node-b", "node-a", "node-b", "node-a"]);
         assert!(pods[0].name.starts_with("web-") && pods[0].name != pods[1].name);
         assert_eq!(pods[3].name, "old");
-        assert_eq!((pods[4].name.as_str(), pods[4].hostname.as_deref()), ("db-0", Some("db-0")));
+        assert_eq!(
+            (pods[4].name.as_str(), pods[4].hostname.as_deref()),
+            ("db-0", Some("db-0"))
+        );
     }
 
     #[test]
@@ -385,14 +443,27 @@ spec: {clusterIP: None, selector: {app: db}, ports: [{port: 5432}]}
         let dual: [IpAddr; 2] = ["2001:db8::1".parse().unwrap(), "10.0.0.1".parse().unwrap()];
         let endpoints: Vec<Endpoint<'_>> = pods
             .iter()
-            .map(|pod| Endpoint { pod, addresses: if pod.v6_only() { &dual[..1] } else { &dual }, ready: true })
+            .map(|pod| Endpoint {
+                pod,
+                addresses: if pod.v6_only() { &dual[..1] } else { &dual },
+                ready: true,
+            })
             .collect();
         let web = endpoint_slices(&services[0], &endpoints);
         let shape: Vec<_> = web
             .iter()
-            .map(|s| (s["addressType"].as_str().unwrap(), s["ports"][0]["port"].as_u64().unwrap(), s["endpoints"].as_array().unwrap().len()))
+            .map(|s| {
+                (
+                    s["addressType"].as_str().unwrap(),
+                    s["ports"][0]["port"].as_u64().unwrap(),
+                    s["endpoints"].as_array().unwrap().len(),
+                )
+            })
             .collect();
-        assert_eq!(shape, [("IPv6", 8080, 3), ("IPv6", 9090, 1), ("IPv4", 8080, 3)]);
+        assert_eq!(
+            shape,
+            [("IPv6", 8080, 3), ("IPv6", 9090, 1), ("IPv4", 8080, 3)]
+        );
 
         let db = endpoint_slices(&services[1], &endpoints);
         assert_eq!(db[0]["endpoints"][0]["hostname"], "db-0");
@@ -404,9 +475,15 @@ spec: {clusterIP: None, selector: {app: db}, ports: [{port: 5432}]}
         let mut text = APP.to_owned();
         text.push_str("---\nkind: Service\nmetadata: {name: six}\nspec: {ipFamilies: [IPv6], ports: [{port: 1}]}\n");
         let services = services(&application(&text)).unwrap();
-        assert_eq!(services[0].cluster_ips, [cluster_ip(11, true), cluster_ip(11, false)]);
+        assert_eq!(
+            services[0].cluster_ips,
+            [cluster_ip(11, true), cluster_ip(11, false)]
+        );
         assert!(services[1].cluster_ips.is_empty());
         assert_eq!(services[2].cluster_ips, [cluster_ip(12, true)]);
-        assert_eq!(service_json(&services[2])["spec"]["ipFamilyPolicy"], "SingleStack");
+        assert_eq!(
+            service_json(&services[2])["spec"]["ipFamilyPolicy"],
+            "SingleStack"
+        );
     }
 }

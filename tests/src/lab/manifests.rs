@@ -103,8 +103,14 @@ fn tcp() -> String {
 impl PodSpec {
     /// Every port of a container that keeps running.
     pub fn ports(&self) -> impl Iterator<Item = &ContainerPort> {
-        let sidecars = self.init_containers.iter().filter(|c| c.restart_policy.as_deref() == Some("Always"));
-        self.containers.iter().chain(sidecars).flat_map(|c| &c.ports)
+        let sidecars = self
+            .init_containers
+            .iter()
+            .filter(|c| c.restart_policy.as_deref() == Some("Always"));
+        self.containers
+            .iter()
+            .chain(sidecars)
+            .flat_map(|c| &c.ports)
     }
 }
 
@@ -197,15 +203,17 @@ pub fn read(path: &Path) -> Result<Application> {
 }
 
 fn files(path: &Path) -> Result<Vec<PathBuf>> {
-    let metadata =
-        std::fs::metadata(path).with_context(|| format!("{}: no such file or folder of manifests", path.display()))?;
+    let metadata = std::fs::metadata(path)
+        .with_context(|| format!("{}: no such file or folder of manifests", path.display()))?;
     if metadata.is_file() {
         return Ok(vec![path.to_owned()]);
     }
     let mut found = Vec::new();
     for entry in std::fs::read_dir(path).with_context(|| format!("reading {}", path.display()))? {
         let file = entry?.path();
-        let is_manifest = file.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+        let is_manifest = file
+            .extension()
+            .is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
         if file.is_dir() {
             found.extend(files(&file)?);
         } else if is_manifest {
@@ -218,47 +226,100 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
 
 fn read_file(path: &Path, application: &mut Application) -> Result<()> {
     let size = std::fs::metadata(path)?.len();
-    ensure!(size <= LARGEST_FILE, "{}: {size} bytes; a manifest has at most {LARGEST_FILE}", path.display());
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let documents: Vec<Value> = serde_saphyr::from_multiple(&text).map_err(|e| {
+    ensure!(
+        size <= LARGEST_FILE,
+        "{}: {size} bytes; a manifest has at most {LARGEST_FILE}",
+        path.display()
+    );
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    parse_into(&path.display().to_string(), &text, application)
+}
+
+/// Every document, `null` ones included. Booleans are YAML 1.2's, so that a namespace may be called `n`.
+pub fn documents(text: &str) -> Result<Vec<Value>, serde_saphyr::Error> {
+    serde_saphyr::from_multiple_with_options(text, serde_saphyr::options! { strict_booleans: true })
+}
+
+/// Parses a text of manifests that has no file of its own.
+pub fn parse(name: &str, text: &str) -> Result<Application> {
+    let mut application = Application::default();
+    parse_into(name, text, &mut application)?;
+    Ok(application)
+}
+
+fn parse_into(name: &str, text: &str, application: &mut Application) -> Result<()> {
+    let documents = documents(text).map_err(|e| {
         // The parser draws a picture of the place; its first line says it all.
         let line = e.to_string().lines().next().unwrap_or_default().to_owned();
-        anyhow::anyhow!("{}: not YAML: {line}", path.display())
+        anyhow::anyhow!("{name}: not YAML: {line}")
     })?;
     for document in documents {
         if document.is_null() {
             continue;
         }
         let what = name_of(&document);
-        take(document, application).with_context(|| format!("{}: {what}", path.display()))?;
+        take(document, application).with_context(|| format!("{name}: {what}"))?;
     }
     Ok(())
 }
 
 fn name_of(document: &Value) -> String {
-    let word = |pointer: &str| document.pointer(pointer).and_then(Value::as_str).unwrap_or("?").to_owned();
+    let word = |pointer: &str| {
+        document
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .unwrap_or("?")
+            .to_owned()
+    };
     format!("{} {}", word("/kind"), word("/metadata/name"))
 }
 
 fn take(document: Value, application: &mut Application) -> Result<()> {
-    let kind = document.get("kind").and_then(Value::as_str).context("kind: missing; every object has one")?.to_owned();
+    let kind = document
+        .get("kind")
+        .and_then(Value::as_str)
+        .context("kind: missing; every object has one")?
+        .to_owned();
     if kind == "List" {
-        for item in document.get("items").and_then(Value::as_array).cloned().unwrap_or_default() {
+        for item in document
+            .get("items")
+            .and_then(Value::as_array)
+            .cloned()
+            .unwrap_or_default()
+        {
             take(item, application)?;
         }
         return Ok(());
     }
     let metadata: Metadata = section(&document, "metadata")?;
-    ensure!(!metadata.name.is_empty(), "metadata.name: missing; every object has one");
-    let namespace = if metadata.namespace.is_empty() { "default" } else { &metadata.namespace }.to_owned();
+    ensure!(
+        !metadata.name.is_empty(),
+        "metadata.name: missing; every object has one"
+    );
+    let namespace = if metadata.namespace.is_empty() {
+        "default"
+    } else {
+        &metadata.namespace
+    }
+    .to_owned();
     match kind.as_str() {
         "Deployment" | "StatefulSet" | "ReplicaSet" | "DaemonSet" => {
             let spec = document.get("spec").context("spec: missing")?;
             let template: Template = section(spec, "template")?;
-            ensure!(!template.spec.containers.is_empty(), "spec.template.spec.containers: a pod has at least one");
-            let replicas = spec.get("replicas").map_or(Some(1), Value::as_u64).context("spec.replicas: not a number")?;
+            ensure!(
+                !template.spec.containers.is_empty(),
+                "spec.template.spec.containers: a pod has at least one"
+            );
+            let replicas = spec
+                .get("replicas")
+                .map_or(Some(1), Value::as_u64)
+                .context("spec.replicas: not a number")?;
             application.workloads.push(Workload {
-                service_name: spec.get("serviceName").and_then(Value::as_str).map(str::to_owned),
+                service_name: spec
+                    .get("serviceName")
+                    .and_then(Value::as_str)
+                    .map(str::to_owned),
                 replicas: u32::try_from(replicas)?,
                 name: metadata.name,
                 namespace,
@@ -268,7 +329,10 @@ fn take(document: Value, application: &mut Application) -> Result<()> {
         }
         "Pod" => {
             let spec: PodSpec = section(&document, "spec")?;
-            ensure!(!spec.containers.is_empty(), "spec.containers: a pod has at least one");
+            ensure!(
+                !spec.containers.is_empty(),
+                "spec.containers: a pod has at least one"
+            );
             application.workloads.push(Workload {
                 service_name: None,
                 replicas: 1,
@@ -287,12 +351,30 @@ fn take(document: Value, application: &mut Application) -> Result<()> {
                 "spec.ports: missing; only headless and ExternalName services have none"
             );
             let raw = document.get("spec").cloned().unwrap_or_default();
-            application.services.push(Service { metadata: Metadata { namespace, ..metadata }, spec, raw });
+            application.services.push(Service {
+                metadata: Metadata {
+                    namespace,
+                    ..metadata
+                },
+                spec,
+                raw,
+            });
         }
         "EndpointSlice" | "Namespace" | "IPPool" => application.others.push(document),
-        "ServiceAccount" | "ConfigMap" | "Secret" | "Role" | "RoleBinding" | "ClusterRole" | "ClusterRoleBinding"
-        | "PersistentVolumeClaim" | "HorizontalPodAutoscaler" | "PodDisruptionBudget" => {}
-        other => application.notes.push(format!("{other} {namespace}/{}: the lab does not run these", metadata.name)),
+        "ServiceAccount"
+        | "ConfigMap"
+        | "Secret"
+        | "Role"
+        | "RoleBinding"
+        | "ClusterRole"
+        | "ClusterRoleBinding"
+        | "PersistentVolumeClaim"
+        | "HorizontalPodAutoscaler"
+        | "PodDisruptionBudget" => {}
+        other => application.notes.push(format!(
+            "{other} {namespace}/{}: the lab does not run these",
+            metadata.name
+        )),
     }
     Ok(())
 }
@@ -302,14 +384,15 @@ fn section<T: serde::de::DeserializeOwned>(object: &Value, name: &str) -> Result
     let Some(value) = object.get(name) else {
         bail!("{name}: missing");
     };
-    serde_json::from_value(value.clone()).with_context(|| format!("{name}: not as Kubernetes has it"))
+    serde_json::from_value(value.clone())
+        .with_context(|| format!("{name}: not as Kubernetes has it"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Result<Application> {
+    fn read_text(text: &str) -> Result<Application> {
         let directory = tempfile::tempdir()?;
         std::fs::write(directory.path().join("a.yaml"), text)?;
         read(directory.path())
@@ -319,7 +402,7 @@ mod tests {
 
     #[test]
     fn what_people_write_is_read() {
-        let application = parse(&format!(
+        let application = read_text(&format!(
             "{POD}---\nkind: Service\nmetadata: {{name: s, namespace: n}}\nspec:\n  selector: {{a: b}}\n  ports:\n  - \
              {{port: 80, targetPort: web}}\n  - {{name: x, port: 53, protocol: UDP, targetPort: 5353}}\n---\n"
         ))
@@ -337,11 +420,20 @@ mod tests {
         for (text, says) in [
             ("kind: [", "a.yaml: not YAML"),
             ("metadata: {name: x}\n", "kind: missing"),
-            ("kind: Service\nmetadata: {name: s}\nspec: {ports: [{port: http}]}\n", "Service s: spec"),
-            ("kind: Deployment\nmetadata: {name: d}\nspec: {}\n", "Deployment d: template: missing"),
-            ("kind: ConfigMap\nmetadata: {name: c}\n", "needs something to run"),
+            (
+                "kind: Service\nmetadata: {name: s}\nspec: {ports: [{port: http}]}\n",
+                "Service s: spec",
+            ),
+            (
+                "kind: Deployment\nmetadata: {name: d}\nspec: {}\n",
+                "Deployment d: template: missing",
+            ),
+            (
+                "kind: ConfigMap\nmetadata: {name: c}\n",
+                "needs something to run",
+            ),
         ] {
-            let error = format!("{:#}", parse(text).unwrap_err());
+            let error = format!("{:#}", read_text(text).unwrap_err());
             assert!(error.contains(says), "{error}");
             assert_eq!(error.lines().count(), 1, "{error}");
         }

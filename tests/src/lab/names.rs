@@ -20,8 +20,13 @@ impl LabName {
     /// 1..=20 characters of `a-z`, `0-9` and `_`.
     pub fn new(name: &str) -> Result<Self> {
         let fits = (1..=20).contains(&name.len());
-        let plain = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
-        ensure!(fits && plain, "--name {name}: a lab's name is 1 to 20 characters of a-z, 0-9 and _");
+        let plain = name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+        ensure!(
+            fits && plain,
+            "--name {name}: a lab's name is 1 to 20 characters of a-z, 0-9 and _"
+        );
         Ok(Self(name.to_owned()))
     }
 
@@ -73,9 +78,30 @@ pub struct Machine {
 
 /// Two nodes in two zones, and the gateway.
 pub const MACHINES: [Machine; 3] = [
-    Machine { name: "node-a", zone: "a", link: 1, asn: 64601, schedulable: true, gateway: false },
-    Machine { name: "node-b", zone: "b", link: 2, asn: 64602, schedulable: true, gateway: false },
-    Machine { name: "gateway", zone: "a", link: 3, asn: 64603, schedulable: false, gateway: true },
+    Machine {
+        name: "node-a",
+        zone: "a",
+        link: 1,
+        asn: 64601,
+        schedulable: true,
+        gateway: false,
+    },
+    Machine {
+        name: "node-b",
+        zone: "b",
+        link: 2,
+        asn: 64602,
+        schedulable: true,
+        gateway: false,
+    },
+    Machine {
+        name: "gateway",
+        zone: "a",
+        link: 3,
+        asn: 64603,
+        schedulable: false,
+        gateway: true,
+    },
 ];
 
 impl Machine {

@@ -43,7 +43,11 @@ impl Places {
     /// One of our programs.
     pub fn program(&self, name: &str) -> Result<PathBuf> {
         let path = self.programs.join(name);
-        anyhow::ensure!(path.is_file(), "{}: not built; `cargo xtask lab` builds it", path.display());
+        anyhow::ensure!(
+            path.is_file(),
+            "{}: not built; `cargo xtask lab` builds it",
+            path.display()
+        );
         Ok(path)
     }
 }
@@ -68,7 +72,13 @@ impl Node {
         let directory = places.directory.join(machine.name);
         fs::create_dir_all(directory.join("state"))?;
         fs::create_dir_all(places.bpffs().join(machine.name))?;
-        let node = Self { machine, directory, cgroup, agent: None, places: places.clone() };
+        let node = Self {
+            machine,
+            directory,
+            cgroup,
+            agent: None,
+            places: places.clone(),
+        };
         let text = serde_saphyr::to_string(&node.configuration()).context("writing kun.yaml")?;
         fs::write(node.config(), text)?;
         Ok(node)
@@ -88,7 +98,8 @@ impl Node {
         let machine = self.machine;
         let mut nat64 = json!({"pref64": [PREF64], "portBlockBits": 10});
         if machine.gateway {
-            nat64["gateway"] = json!({"pool": [NAT64_POOL], "clients": [POD_V6_ONLY, POD_V4], "slice": 0});
+            nat64["gateway"] =
+                json!({"pool": [NAT64_POOL], "clients": [POD_V6_ONLY, POD_V4], "slice": 0});
         }
         json!({
             "node": {"name": machine.name, "uplink": "eth0"},
@@ -130,18 +141,28 @@ impl Node {
         logged(&mut command, &log)?;
         let mut agent = netns.spawn(command)?;
         let socket = self.socket();
-        let answered = wait_for("kun-proxy answering on its socket", AGENT_STARTS_WITHIN, || {
-            if !agent.is_running() {
-                return Some(false);
-            }
-            kun_control::ask(&socket, &kun_control::Request::Status).is_ok().then_some(true)
-        });
+        let answered = wait_for(
+            "kun-proxy answering on its socket",
+            AGENT_STARTS_WITHIN,
+            || {
+                if !agent.is_running() {
+                    return Some(false);
+                }
+                kun_control::ask(&socket, &kun_control::Request::Status)
+                    .is_ok()
+                    .then_some(true)
+            },
+        );
         match answered {
             Ok(true) => {
                 self.agent = Some(agent);
                 Ok(())
             }
-            Ok(false) => bail!("{}: kun-proxy ended: {}", self.machine.name, last_line(&log)),
+            Ok(false) => bail!(
+                "{}: kun-proxy ended: {}",
+                self.machine.name,
+                last_line(&log)
+            ),
             Err(e) => Err(e).with_context(|| format!("{}: {}", self.machine.name, last_line(&log))),
         }
     }
@@ -155,7 +176,11 @@ impl Node {
 /// The last line of a log, for the one line that a person gets.
 pub fn last_line(log: &Path) -> String {
     let text = fs::read_to_string(log).unwrap_or_default();
-    let last = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+    let last = text
+        .lines()
+        .rev()
+        .find(|line| !line.trim().is_empty())
+        .unwrap_or("it said nothing");
     format!("{last} ({})", log.display())
 }
 
@@ -213,7 +238,13 @@ impl Node {
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         if !output.status.success() {
             let error: Value = serde_json::from_str(&said).unwrap_or_default();
-            let word = |key: &str| error.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+            let word = |key: &str| {
+                error
+                    .get(key)
+                    .and_then(Value::as_str)
+                    .unwrap_or_default()
+                    .to_owned()
+            };
             bail!(
                 "kun-cni {verb} of {}/{}: {} {} {}",
                 attachment.namespace,
@@ -226,17 +257,29 @@ impl Node {
         if said.trim().is_empty() {
             return Ok(Value::Null);
         }
-        serde_json::from_str(&said).with_context(|| format!("kun-cni {verb}: its result is not JSON"))
+        serde_json::from_str(&said)
+            .with_context(|| format!("kun-cni {verb}: its result is not JSON"))
     }
 }
 
 /// The addresses of a CNI result, IPv6 first.
 pub fn result_addresses(result: &Value) -> Result<Vec<IpAddr>> {
     let mut addresses = Vec::new();
-    for ip in result.get("ips").and_then(Value::as_array).into_iter().flatten() {
-        let text = ip.get("address").and_then(Value::as_str).context("ips[].address: missing")?;
+    for ip in result
+        .get("ips")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+    {
+        let text = ip
+            .get("address")
+            .and_then(Value::as_str)
+            .context("ips[].address: missing")?;
         let host = text.split('/').next().unwrap_or_default();
-        addresses.push(host.parse().with_context(|| format!("ips[].address: {text}"))?);
+        addresses.push(
+            host.parse()
+                .with_context(|| format!("ips[].address: {text}"))?,
+        );
     }
     anyhow::ensure!(!addresses.is_empty(), "the CNI result has no address");
     addresses.sort_by_key(IpAddr::is_ipv4);

@@ -38,9 +38,15 @@ impl Outside {
         let web = (WEB_V4, 80);
         let dns = (DNS_V4, 53);
         for (what, address) in [("nginx", web), ("nsd", dns)] {
-            wait_for(&format!("{what} answering on {}:{}", address.0, address.1), STARTS_WITHIN, || {
-                topology.internet.run(|| std::net::TcpStream::connect(address).ok())
-            })
+            wait_for(
+                &format!("{what} answering on {}:{}", address.0, address.1),
+                STARTS_WITHIN,
+                || {
+                    topology
+                        .internet
+                        .run(|| std::net::TcpStream::connect(address).ok())
+                },
+            )
             .with_context(|| format!("its log is in {}", directory.display()))?;
         }
         Ok(Self { bird, nginx, nsd })
@@ -58,7 +64,8 @@ fn daemon(name: &str) -> Result<Command> {
         .iter()
         .map(|directory| Path::new(directory).join(name))
         .find(|path| path.is_file());
-    let path = found.with_context(|| format!("{name} is not installed: run `cargo xtask setup`"))?;
+    let path =
+        found.with_context(|| format!("{name} is not installed: run `cargo xtask setup`"))?;
     Ok(Command::new(path))
 }
 
@@ -84,7 +91,11 @@ fn start_bird(topology: &Topology, directory: &Path) -> Result<Process> {
     let file = directory.join("bird.conf");
     fs::write(&file, text)?;
     let mut bird = daemon("bird")?;
-    bird.arg("-f").arg("-c").arg(&file).arg("-s").arg(directory.join("bird.ctl"));
+    bird.arg("-f")
+        .arg("-c")
+        .arg(&file)
+        .arg("-s")
+        .arg(directory.join("bird.ctl"));
     logged(&mut bird, &directory.join("bird.out"))?;
     topology.tor.spawn(bird)
 }
@@ -101,7 +112,11 @@ fn start_nginx(topology: &Topology, directory: &Path) -> Result<Process> {
     let file = directory.join("nginx.conf");
     fs::write(&file, text)?;
     let mut nginx = daemon("nginx")?;
-    nginx.arg("-c").arg(&file).arg("-e").arg(directory.join("nginx.log"));
+    nginx
+        .arg("-c")
+        .arg(&file)
+        .arg("-e")
+        .arg(directory.join("nginx.log"));
     logged(&mut nginx, &directory.join("nginx.out"))?;
     topology.internet.spawn(nginx)
 }
@@ -150,10 +165,18 @@ pub struct TorRoute {
 pub fn tor_routes(topology: &Topology) -> Result<Vec<TorRoute>> {
     let mut routes = Vec::new();
     for (family, host) in [("-4", "/32"), ("-6", "/128")] {
-        let text = topology.tor.exec(&format!("-j {family} route show proto bird"))?;
-        let list: Vec<Value> = if text.trim().is_empty() { Vec::new() } else { serde_json::from_str(&text)? };
+        let text = topology
+            .tor
+            .exec(&format!("-j {family} route show proto bird"))?;
+        let list: Vec<Value> = if text.trim().is_empty() {
+            Vec::new()
+        } else {
+            serde_json::from_str(&text)?
+        };
         for entry in list {
-            let word = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
+            let word = |value: &Value, key: &str| {
+                value.get(key).and_then(Value::as_str).map(str::to_owned)
+            };
             let Some(mut prefix) = word(&entry, "dst") else {
                 continue;
             };
@@ -161,7 +184,12 @@ pub fn tor_routes(topology: &Topology) -> Result<Vec<TorRoute>> {
                 prefix.push_str(host);
             }
             let mut towards: Vec<String> = word(&entry, "dev").into_iter().collect();
-            for hop in entry.get("nexthops").and_then(Value::as_array).into_iter().flatten() {
+            for hop in entry
+                .get("nexthops")
+                .and_then(Value::as_array)
+                .into_iter()
+                .flatten()
+            {
                 towards.extend(word(hop, "dev"));
             }
             towards.sort();

@@ -57,7 +57,8 @@ impl Pod {
         workload: Workload,
     ) -> Result<Self> {
         let object = format!("{}/{}", plan.namespace, plan.name);
-        let netns = Netns::create(name.netns(&format!("pod-{number}"))).with_context(|| object.clone())?;
+        let netns =
+            Netns::create(name.netns(&format!("pod-{number}"))).with_context(|| object.clone())?;
         // As container runtimes do: every group may send echo requests.
         netns.sysctl("net.ipv4.ping_group_range", "0 2147483647")?;
         // A pod may listen where the runtime lets it, as root inside.
@@ -70,7 +71,8 @@ impl Pod {
             annotations: plan.annotations.clone(),
         };
         let result = node.cni(node_netns, "ADD", &attachment)?;
-        let addresses = result_addresses(&result).with_context(|| format!("kun-cni ADD of {object}"))?;
+        let addresses =
+            result_addresses(&result).with_context(|| format!("kun-cni ADD of {object}"))?;
         let mut pod = Self {
             plan,
             netns,
@@ -108,7 +110,10 @@ impl Pod {
     }
 
     fn log(&self) -> std::path::PathBuf {
-        self.places.directory.join("pods").join(format!("{}.{}.log", self.plan.namespace, self.plan.name))
+        self.places
+            .directory
+            .join("pods")
+            .join(format!("{}.{}.log", self.plan.namespace, self.plan.name))
     }
 
     fn server(&self) -> Result<Command> {
@@ -148,7 +153,12 @@ impl Pod {
     pub fn wait_ready(&mut self, node_netns: &Netns) -> Result<()> {
         let port = match self.workload {
             Workload::Dns => Some(8181),
-            Workload::Server => self.plan.ports.iter().find(|p| p.protocol == "TCP").map(|p| p.container_port),
+            Workload::Server => self
+                .plan
+                .ports
+                .iter()
+                .find(|p| p.protocol == "TCP")
+                .map(|p| p.container_port),
         };
         let (Some(port), Some(address)) = (port, self.addresses.first().copied()) else {
             return Ok(());
@@ -162,16 +172,22 @@ impl Pod {
             if !process.is_running() {
                 return Some(false);
             }
-            node_netns.run(|| {
-                let to = (address, port).into();
-                if is_dns { ready_over_http(to) } else { super::server::connect(to, Duration::from_secs(1)).is_ok() }
-            })
-            .then_some(true)
+            node_netns
+                .run(|| {
+                    let to = (address, port).into();
+                    if is_dns {
+                        ready_over_http(to)
+                    } else {
+                        super::server::connect(to, Duration::from_secs(1)).is_ok()
+                    }
+                })
+                .then_some(true)
         });
         match ready {
             Ok(true) => Ok(()),
             Ok(false) => anyhow::bail!("{object}: its process ended: {}", last_line(&log)),
-            Err(e) => Err(e).with_context(|| format!("{object} at [{address}]:{port}: {}", last_line(&log))),
+            Err(e) => Err(e)
+                .with_context(|| format!("{object} at [{address}]:{port}: {}", last_line(&log))),
         }
     }
 }
@@ -181,7 +197,10 @@ fn ready_over_http(to: std::net::SocketAddr) -> bool {
     use std::io::{Read, Write};
     let asked = || -> Result<String> {
         let mut stream = super::server::connect(to, Duration::from_secs(1))?;
-        write!(stream, "GET /ready HTTP/1.1\r\nHost: kun\r\nConnection: close\r\n\r\n")?;
+        write!(
+            stream,
+            "GET /ready HTTP/1.1\r\nHost: kun\r\nConnection: close\r\n\r\n"
+        )?;
         let mut head = [0; 12];
         stream.read_exact(&mut head)?;
         Ok(String::from_utf8_lossy(&head).into_owned())

@@ -21,7 +21,13 @@ pub struct Line {
 impl Line {
     /// A line that holds no probe yet.
     pub fn new(what: impl Into<String>, family: &str) -> Self {
-        Self { what: what.into(), family: family.to_owned(), held: 0, made: 0, detail: String::new() }
+        Self {
+            what: what.into(),
+            family: family.to_owned(),
+            held: 0,
+            made: 0,
+            detail: String::new(),
+        }
     }
 
     /// Counts a probe: what was seen, or why it failed.
@@ -68,7 +74,13 @@ impl Report {
         table.set_header(["", "what", "family", "probes", "seen"]);
         for line in &self.lines {
             let mark = if line.holds() { "✔" } else { "✘" };
-            table.add_row([mark, &line.what, &line.family, &format!("{}/{}", line.held, line.made), &line.detail]);
+            table.add_row([
+                mark,
+                &line.what,
+                &line.family,
+                &format!("{}/{}", line.held, line.made),
+                &line.detail,
+            ]);
         }
         if let Some(column) = table.column_mut(3) {
             column.set_cell_alignment(CellAlignment::Right);
@@ -90,7 +102,10 @@ mod tests {
         line.count(Err("two failed".into()));
         line.count(Ok("three".into()));
         assert!(!line.holds());
-        assert_eq!((line.held, line.made, line.detail.as_str()), (2, 3, "two failed"));
+        assert_eq!(
+            (line.held, line.made, line.detail.as_str()),
+            (2, 3, "two failed")
+        );
         assert!(!Report::default().holds());
     }
 }

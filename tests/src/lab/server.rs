@@ -24,7 +24,8 @@ pub struct Hello {
 pub fn serve(name: &str, tcp: &[u16], udp: &[u16]) -> Result<()> {
     let mut threads = Vec::new();
     for &port in tcp {
-        let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).with_context(|| format!("TCP port {port}"))?;
+        let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
+            .with_context(|| format!("TCP port {port}"))?;
         let name = name.to_owned();
         threads.push(std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -34,7 +35,8 @@ pub fn serve(name: &str, tcp: &[u16], udp: &[u16]) -> Result<()> {
         }));
     }
     for &port in udp {
-        let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).with_context(|| format!("UDP port {port}"))?;
+        let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))
+            .with_context(|| format!("UDP port {port}"))?;
         let name = name.to_owned();
         threads.push(std::thread::spawn(move || echo(&socket, &name)));
     }
@@ -56,8 +58,15 @@ fn answer(stream: TcpStream, name: &str) -> io::Result<()> {
     let mut writer = stream.try_clone()?;
     let mut reader = BufReader::new(stream);
     while read_head(&mut reader)? {
-        let body = serde_json::to_string(&Hello { pod: name.to_owned(), peer: peer.to_string() })?;
-        write!(writer, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
+        let body = serde_json::to_string(&Hello {
+            pod: name.to_owned(),
+            peer: peer.to_string(),
+        })?;
+        write!(
+            writer,
+            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )?;
     }
     Ok(())
 }
@@ -83,7 +92,10 @@ fn read_head(reader: &mut impl BufRead) -> io::Result<bool> {
 fn echo(socket: &UdpSocket, name: &str) {
     let mut buffer = [0; 2048];
     while let Ok((_, peer)) = socket.recv_from(&mut buffer) {
-        let hello = Hello { pod: name.to_owned(), peer: canonical(peer).to_string() };
+        let hello = Hello {
+            pod: name.to_owned(),
+            peer: canonical(peer).to_string(),
+        };
         if let Ok(text) = serde_json::to_vec(&hello) {
             let _ = socket.send_to(&text, peer);
         }
@@ -102,7 +114,10 @@ pub fn exchange(stream: &mut TcpStream, host: &str) -> Result<Hello> {
     let mut status = String::new();
     loop {
         let mut line = String::new();
-        anyhow::ensure!((&mut reader).take(LARGEST_ANSWER).read_line(&mut line)? > 0, "the server closed the connection");
+        anyhow::ensure!(
+            (&mut reader).take(LARGEST_ANSWER).read_line(&mut line)? > 0,
+            "the server closed the connection"
+        );
         if status.is_empty() {
             status = line.trim_end().to_owned();
         }
@@ -151,7 +166,13 @@ mod tests {
         let seen = stream.local_addr().unwrap().to_string();
         for _ in 0..2 {
             let hello = exchange(&mut stream, "p").unwrap();
-            assert_eq!(hello, Hello { pod: "p".into(), peer: seen.clone() });
+            assert_eq!(
+                hello,
+                Hello {
+                    pod: "p".into(),
+                    peer: seen.clone()
+                }
+            );
         }
     }
 }

@@ -30,7 +30,11 @@ impl Topology {
             machines.push(build_machine(name, &tor, machine)?);
         }
         let internet = build_internet(name, &tor)?;
-        Ok(Self { tor, internet, machines })
+        Ok(Self {
+            tor,
+            internet,
+            machines,
+        })
     }
 
     /// A machine's namespace.
@@ -48,7 +52,8 @@ impl Topology {
 }
 
 fn router(name: &LabName, part: &str) -> Result<Netns> {
-    let netns = Netns::create(name.netns(part)).with_context(|| format!("making the namespace of {part}"))?;
+    let netns = Netns::create(name.netns(part))
+        .with_context(|| format!("making the namespace of {part}"))?;
     netns.forward()?;
     Ok(netns)
 }
@@ -58,7 +63,10 @@ fn build_machine(name: &LabName, tor: &Netns, machine: &Machine) -> Result<Netns
     let tor_if = machine.tor_interface();
     veth(tor, &tor_if, &netns, "eth0")?;
     tor.exec(&format!("addr add {}/30 dev {tor_if}", machine.tor_v4()))?;
-    tor.exec(&format!("addr add {}/64 dev {tor_if} nodad", machine.tor_v6()))?;
+    tor.exec(&format!(
+        "addr add {}/64 dev {tor_if} nodad",
+        machine.tor_v6()
+    ))?;
     netns.exec(&format!("addr add {}/30 dev eth0", machine.v4()))?;
     netns.exec(&format!("addr add {}/64 dev eth0 nodad", machine.v6()))?;
     netns.exec(&format!("route add default via {}", machine.tor_v4()))?;
@@ -67,7 +75,8 @@ fn build_machine(name: &LabName, tor: &Netns, machine: &Machine) -> Result<Netns
 }
 
 fn build_internet(name: &LabName, tor: &Netns) -> Result<Netns> {
-    let netns = Netns::create(name.netns("internet")).context("making the namespace of the internet host")?;
+    let netns = Netns::create(name.netns("internet"))
+        .context("making the namespace of the internet host")?;
     // Not a single IPv6 address: what reaches it from an IPv6-only pod was translated.
     netns.sysctl("net.ipv6.conf.all.disable_ipv6", "1")?;
     netns.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;

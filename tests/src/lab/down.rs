@@ -1,0 +1,83 @@
+//! Taking a lab down. Everything is found by the lab's name: processes by the namespaces and cgroups they are in, not by
+//! remembered ids, so it works after a crash of anything and kills nothing else.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use kun_harness::{BpfFs, Cgroup, Netns, cgroup2_mount, netns_names};
+use rustix::fs::{FlockOperation, flock};
+
+use super::names::{LabName, RUN};
+
+/// Held by whoever brings a lab up or takes it down.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+    path: PathBuf,
+}
+
+impl Lock {
+    /// Fails when another process holds it.
+    pub fn take(name: &LabName) -> Result<Self> {
+        fs::create_dir_all(RUN).with_context(|| format!("making {RUN}: labs need root"))?;
+        let path = Path::new(RUN).join(format!("{}.lock", name.as_str()));
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .with_context(|| format!("opening {}", path.display()))?;
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            bail!(
+                "the lab `{}` is being brought up or down by another process; stop that, or give --name",
+                name.as_str()
+            );
+        }
+        Ok(Self { _file: file, path })
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+        // The directory goes with the last lab.
+        let _ = fs::remove_dir(RUN);
+    }
+}
+
+/// Whether anything of the lab is there.
+pub fn stands(name: &LabName) -> bool {
+    name.directory().exists() || netns_names().any(|netns| name.owns_netns(&netns))
+}
+
+/// The labs of this machine.
+pub fn all() -> Vec<LabName> {
+    let entries = fs::read_dir(RUN).into_iter().flatten().flatten();
+    let named =
+        entries.filter_map(|e| Some(e.file_name().to_str()?.trim_end_matches(".lock").to_owned()));
+    let in_netns = netns_names()
+        .filter_map(|n| Some(n.strip_prefix("kun-lab-")?.split_once('-')?.0.to_owned()));
+    let mut names: Vec<String> = named.chain(in_netns).collect();
+    names.sort();
+    names.dedup();
+    names
+        .iter()
+        .filter_map(|name| LabName::new(name).ok())
+        .collect()
+}
+
+/// Removes everything; what is not there is no error.
+pub fn down(name: &LabName) {
+    // Processes first: they hold pins, sockets and mounts.
+    for netns in netns_names().filter(|netns| name.owns_netns(netns)) {
+        drop(Netns::adopt(&netns));
+    }
+    if let Ok(root) = cgroup2_mount() {
+        drop(Cgroup::adopt(name.cgroup(&root)));
+    }
+    let bpffs = name.directory().join("bpf");
+    if bpffs.exists() {
+        drop(BpfFs::adopt(bpffs));
+    }
+    let _ = fs::remove_dir_all(name.directory());
+}

@@ -1,0 +1,399 @@
+//! The lab: a whole cluster network on one machine, driven by a folder of manifests, and probed.
+//!
+//! Real are the programs of kun, BIRD, nginx, nsd and the kernel. The lab plays the rest: the fabric's cables, the container
+//! runtime, and the controllers that turn manifests into pods and EndpointSlices.
+
+pub mod client;
+pub mod down;
+pub mod expand;
+pub mod folder;
+pub mod manifests;
+pub mod names;
+pub mod node;
+pub mod outside;
+pub mod pod;
+pub mod probes;
+pub mod report;
+pub mod server;
+pub mod topology;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use kun_harness::{BpfFs, Cgroup, Process, cgroup2_mount, wait_for};
+use serde_json::Value;
+
+use client::Client;
+use expand::{Endpoint, PodPlan, ServicePlan};
+use folder::Folder;
+use names::{LabName, MACHINES};
+use node::{Node, Places, last_line};
+use outside::Outside;
+use pod::{Pod, Workload};
+use topology::Topology;
+
+/// The operator hands out blocks within a moment; a busy machine needs longer.
+const BLOCKS_WITHIN: Duration = Duration::from_secs(30);
+
+/// What to bring up.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Its name.
+    pub name: LabName,
+    /// A file or folder of manifests.
+    pub manifests: PathBuf,
+    /// Where kun's programs lie.
+    pub programs: PathBuf,
+}
+
+/// A lab that stands; everything is gone when it drops, unless [`Lab::keep`].
+#[derive(Debug)]
+pub struct Lab {
+    /// Its name.
+    pub name: LabName,
+    /// Its files.
+    pub places: Places,
+    /// The manifest folder.
+    pub folder: Folder,
+    /// Namespaces.
+    pub topology: Topology,
+    /// BIRD, nginx, nsd.
+    pub outside: Outside,
+    /// kun-operator.
+    pub operator: Option<Process>,
+    /// Nodes and gateway.
+    pub nodes: Vec<Node>,
+    /// Pods.
+    pub pods: Vec<Pod>,
+    /// Services.
+    pub services: Vec<ServicePlan>,
+    /// What the manifests held that the lab does not run.
+    pub notes: Vec<String>,
+    _cgroup: Cgroup,
+    _bpffs: BpfFs,
+    // Last: it is released when all else is gone.
+    _lock: down::Lock,
+}
+
+/// The pods that the lab adds to every application: clients on each node, and the DNS servers.
+const OWN: &str = include_str!("own.yaml");
+
+/// The namespace of the lab's own clients.
+pub const OWN_NAMESPACE: &str = "kun-lab";
+
+impl Lab {
+    /// Brings a lab up. Each step is told before it begins. On failure nothing stays.
+    pub fn up(options: &Options, step: &mut dyn FnMut(&str)) -> Result<Self> {
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "the lab makes network namespaces and loads eBPF programs: run it as root"
+        );
+        step("manifests");
+        let mut application = manifests::read(&options.manifests)?;
+        let own = manifests::parse("the lab's own manifests", OWN)?;
+        application.workloads.extend(own.workloads);
+        application.services.extend(own.services);
+        let mut notes = std::mem::take(&mut application.notes);
+        let plans = expand::pods(&application, &mut notes)?;
+        let services = expand::services(&application)?;
+
+        let lock = down::Lock::take(&options.name)?;
+        if down::stands(&options.name) {
+            step("removing what a lab of this name left");
+            down::down(&options.name);
+        }
+        let undo = Undo(&options.name);
+        step("fabric: ToR, nodes, gateway, internet host");
+        let places = Places {
+            directory: options.name.directory(),
+            programs: options.programs.clone(),
+        };
+        std::fs::create_dir_all(&places.directory)
+            .with_context(|| format!("making {}", places.directory.display()))?;
+        pod::make_log_directory(&places.directory)?;
+        let bpffs = BpfFs::create(places.bpffs())?;
+        let cgroup = Cgroup::create(options.name.cgroup(&cgroup2_mount()?))?;
+        let topology = Topology::build(&options.name)?;
+        step("BIRD, nginx, nsd");
+        let outside = Outside::start(&topology, &places.directory)?;
+        let folder = Folder::create(places.cluster())?;
+        let mut nodes = Vec::new();
+        for machine in &MACHINES {
+            nodes.push(Node::prepare(
+                machine,
+                &places,
+                cgroup.child(machine.name)?,
+            )?);
+        }
+        let mut lab = Self {
+            name: options.name.clone(),
+            places,
+            folder,
+            topology,
+            outside,
+            operator: None,
+            nodes,
+            pods: Vec::new(),
+            services,
+            notes,
+            _cgroup: cgroup,
+            _bpffs: bpffs,
+            _lock: lock,
+        };
+        lab.write_ground(&plans, &application.others)?;
+        step("kun-operator");
+        lab.start_operator()?;
+        lab.wait_for_blocks()?;
+        step("kun-proxy on every machine");
+        lab.start_agents()?;
+        let count = plans.len();
+        for (number, plan) in plans.into_iter().enumerate() {
+            step(&format!("pod {} of {count}: {}", number + 1, plan.name));
+            lab.start_pod(number, plan)?;
+        }
+        step("pods answering");
+        for pod in &mut lab.pods {
+            let machine = pod.plan.node;
+            pod.wait_ready(lab.topology.machine(machine))?;
+        }
+        lab.publish()?;
+        std::mem::forget(undo);
+        Ok(lab)
+    }
+
+    fn write_ground(&self, plans: &[PodPlan], others: &[Value]) -> Result<()> {
+        let mut namespaces: BTreeSet<String> =
+            plans.iter().map(|plan| plan.namespace.clone()).collect();
+        namespaces.insert("kube-system".to_owned());
+        namespaces.extend(
+            self.services
+                .iter()
+                .map(|s| s.service.metadata.namespace.clone()),
+        );
+        let namespaces: Vec<String> = namespaces.into_iter().collect();
+        self.folder
+            .write("ground.yaml", &folder::ground(&namespaces))?;
+        let services: Vec<Value> = self.services.iter().map(expand::service_json).collect();
+        self.folder.write("services.yaml", &services)?;
+        let kept: Vec<Value> = others
+            .iter()
+            .filter(|o| o["kind"] != "Namespace")
+            .cloned()
+            .collect();
+        if !kept.is_empty() {
+            self.folder.write("given.yaml", &kept)?;
+        }
+        Ok(())
+    }
+
+    /// Starts, or starts again, the operator.
+    pub fn start_operator(&mut self) -> Result<()> {
+        let gateway = self.node("gateway")?;
+        let mut command = Command::new(self.places.program("kun-operator")?);
+        command.arg("--config").arg(gateway.config());
+        outside::logged(
+            &mut command,
+            &self.places.directory.join("kun-operator.log"),
+        )?;
+        let netns = self.topology.machine(gateway.machine);
+        self.operator = Some(netns.spawn(command)?);
+        Ok(())
+    }
+
+    fn wait_for_blocks(&mut self) -> Result<()> {
+        let log = self.places.directory.join("kun-operator.log");
+        let Some(operator) = self.operator.as_mut() else {
+            anyhow::bail!("kun-operator is not running");
+        };
+        let folder = &self.folder;
+        let owned = wait_for(
+            "kun-operator giving every node its blocks",
+            BLOCKS_WITHIN,
+            || {
+                if !operator.is_running() {
+                    return Some(false);
+                }
+                let blocks = folder.blocks().ok()?;
+                MACHINES
+                    .iter()
+                    .filter(|m| m.schedulable)
+                    .all(|m| blocks.contains_key(m.name))
+                    .then_some(true)
+            },
+        )
+        .with_context(|| last_line(&log))?;
+        ensure!(owned, "kun-operator ended: {}", last_line(&log));
+        Ok(())
+    }
+
+    fn start_agents(&mut self) -> Result<()> {
+        let topology = &self.topology;
+        std::thread::scope(|scope| {
+            let starting: Vec<_> = self
+                .nodes
+                .iter_mut()
+                .map(|node| scope.spawn(move || node.start_agent(topology.machine(node.machine))))
+                .collect();
+            starting.into_iter().try_for_each(|thread| {
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+        })
+    }
+
+    fn start_pod(&mut self, number: usize, plan: PodPlan) -> Result<()> {
+        let workload = match plan.labels.get("k8s-app").map(String::as_str) {
+            Some("kube-dns") if plan.namespace == "kube-system" => Workload::Dns,
+            _ => Workload::Server,
+        };
+        let node = self.node(plan.node.name)?;
+        let netns = self.topology.machine(plan.node);
+        let pod = Pod::start(
+            &self.name,
+            &self.places,
+            number,
+            plan,
+            node,
+            netns,
+            workload,
+        )?;
+        self.pods.push(pod);
+        Ok(())
+    }
+
+    /// Writes pods and EndpointSlices as they are now: a pod is ready while its process runs.
+    pub fn publish(&mut self) -> Result<()> {
+        let running: Vec<bool> = self
+            .pods
+            .iter_mut()
+            .map(|pod| pod.process.as_mut().is_some_and(Process::is_running))
+            .collect();
+        let endpoints: Vec<Endpoint<'_>> = self
+            .pods
+            .iter()
+            .zip(running)
+            .map(|(pod, ready)| Endpoint {
+                pod: &pod.plan,
+                addresses: &pod.addresses,
+                ready,
+            })
+            .collect();
+        let slices: Vec<Value> = self
+            .services
+            .iter()
+            .flat_map(|service| expand::endpoint_slices(service, &endpoints))
+            .collect();
+        let pods: Vec<Value> = self
+            .pods
+            .iter()
+            .map(|pod| expand::pod_json(&pod.plan, &pod.addresses))
+            .collect();
+        self.folder.write("pods.yaml", &pods)?;
+        self.folder.write("endpointslices.yaml", &slices)
+    }
+
+    /// A machine.
+    pub fn node(&self, name: &str) -> Result<&Node> {
+        self.nodes
+            .iter()
+            .find(|node| node.machine.name == name)
+            .with_context(|| format!("{name}: no such machine"))
+    }
+
+    /// `kill -9` of a node's agent, then a new one.
+    pub fn restart_agent(&mut self, name: &str) -> Result<()> {
+        let topology = &self.topology;
+        let node = self
+            .nodes
+            .iter_mut()
+            .find(|node| node.machine.name == name)
+            .with_context(|| format!("{name}: no such machine"))?;
+        node.kill_agent();
+        node.start_agent(topology.machine(node.machine))
+    }
+
+    /// The lab's own client pods.
+    pub fn clients(&self) -> impl Iterator<Item = &Pod> {
+        self.pods
+            .iter()
+            .filter(|pod| pod.plan.namespace == OWN_NAMESPACE && pod.plan.ports.is_empty())
+    }
+
+    /// A client in a pod.
+    pub fn client(&self, pod: &Pod) -> Result<Client> {
+        let mut command = Command::new(self.places.program("kun-lab")?);
+        command.arg("client");
+        Client::start(command, &pod.netns, Some(&pod.cgroup))
+    }
+
+    /// A client in a namespace that is no pod's.
+    pub fn outside_client(&self, netns: &kun_harness::Netns) -> Result<Client> {
+        let mut command = Command::new(self.places.program("kun-lab")?);
+        command.arg("client");
+        Client::start(command, netns, None)
+    }
+
+    /// What each node owns, by the operator's word.
+    pub fn blocks(&self) -> Result<BTreeMap<String, Vec<kun_config::types::BlockId>>> {
+        self.folder.blocks()
+    }
+
+    /// How to look inside, for people.
+    pub fn doors(&self) -> String {
+        let mut text = String::from("The lab stands. Look inside:\n");
+        let kunctl = self.places.programs.join("kunctl");
+        for node in &self.nodes {
+            text.push_str(&format!(
+                "  {} --socket {} status\n",
+                kunctl.display(),
+                node.socket().display()
+            ));
+        }
+        for pod in self.clients() {
+            text.push_str(&format!(
+                "  nsenter --net={}    # pod {}\n",
+                pod.netns.path().display(),
+                pod.object()
+            ));
+        }
+        text.push_str(&format!(
+            "  nsenter --net={} birdc -s {} show route\n",
+            self.topology.tor.path().display(),
+            outside::bird_socket(&self.places.directory).display()
+        ));
+        text.push_str(&format!(
+            "  logs, manifests, configuration: {}\n",
+            self.places.directory.display()
+        ));
+        text.push_str(&format!(
+            "Take it down: cargo xtask lab down --name {}",
+            self.name.as_str()
+        ));
+        text
+    }
+
+    /// Lets it stand.
+    pub fn keep(self) {
+        // Its processes go on: nobody drops them. The lock goes with this process.
+        std::mem::forget(self);
+    }
+}
+
+/// Takes down what a failed `up` made.
+struct Undo<'a>(&'a LabName);
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        down::down(self.0);
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        down::down(&self.name);
+    }
+}
