@@ -89,6 +89,7 @@ fn up(arguments: &Arguments) -> Result<bool> {
             .clone()
             .unwrap_or_else(|| PathBuf::from("deploy/lab")),
         programs: me.parent().unwrap_or(Path::new(".")).to_owned(),
+        keep: arguments.keep,
     };
     down_on_signal(options.name.clone())?;
     let progress = Progress::new();

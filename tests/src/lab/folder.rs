@@ -43,28 +43,10 @@ impl Folder {
         fs::rename(&half, &path).with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Every object in it now.
+    /// Every object in it now, the operator's included.
     pub fn objects(&self) -> Result<Vec<Value>> {
         let mut objects = Vec::new();
-        for entry in fs::read_dir(&self.path)? {
-            let path = entry?.path();
-            let hidden = path
-                .file_name()
-                .is_some_and(|n| n.to_string_lossy().starts_with('.'));
-            if hidden
-                || path
-                    .extension()
-                    .is_none_or(|e| e != "yaml" && e != "yml" && e != "json")
-            {
-                continue;
-            }
-            let Ok(text) = fs::read_to_string(&path) else {
-                continue;
-            };
-            let documents = super::manifests::documents(&text)
-                .with_context(|| format!("{}", path.display()))?;
-            objects.extend(documents);
-        }
+        collect(&self.path, &mut objects)?;
         Ok(objects)
     }
 
@@ -84,26 +66,50 @@ impl Folder {
         Ok(blocks)
     }
 
-    /// LoadBalancer addresses by `namespace/name`, from Services' status.
+    /// LoadBalancer addresses by `namespace/name`, from the operator's ServiceAddresses.
     pub fn load_balancers(&self) -> Result<BTreeMap<String, Vec<IpAddr>>> {
         let mut found: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
-        for object in self.objects()?.iter().filter(|o| o["kind"] == "Service") {
+        for object in self
+            .objects()?
+            .iter()
+            .filter(|o| o["kind"] == "ServiceAddress")
+        {
             let namespace = object["metadata"]["namespace"]
                 .as_str()
                 .unwrap_or("default");
             let name = object["metadata"]["name"].as_str().unwrap_or_default();
-            let ingress = object["status"]["loadBalancer"]["ingress"].as_array();
-            let ips: Vec<IpAddr> = ingress
-                .into_iter()
-                .flatten()
-                .filter_map(|i| i["ip"].as_str()?.parse().ok())
+            let addresses = object["spec"]["addresses"].as_array().into_iter().flatten();
+            let ips = addresses
+                .filter_map(|ip| ip.as_str()?.parse().ok())
                 .collect();
-            if !ips.is_empty() {
-                found.insert(format!("{namespace}/{name}"), ips);
-            }
+            found.insert(format!("{namespace}/{name}"), ips);
         }
         Ok(found)
     }
+}
+
+fn collect(directory: &Path, objects: &mut Vec<Value>) -> Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let hidden = path
+            .file_name()
+            .is_some_and(|n| n.to_string_lossy().starts_with('.'));
+        let manifest = path
+            .extension()
+            .is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+        if path.is_dir() {
+            collect(&path, objects)?;
+        } else if manifest && !hidden
+            // A file may be renamed away between the listing and here.
+            && let Ok(text) = fs::read_to_string(&path)
+        {
+            objects.extend(
+                super::manifests::documents(&text)
+                    .with_context(|| format!("{}", path.display()))?,
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Nodes, namespaces and the pool: what an administrator would have made.

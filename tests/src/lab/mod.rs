@@ -47,6 +47,8 @@ pub struct Options {
     pub manifests: PathBuf,
     /// Where kun's programs lie.
     pub programs: PathBuf,
+    /// Leave it standing when it cannot be brought up, to look inside.
+    pub keep: bool,
 }
 
 /// A lab that stands; everything is gone when it drops, unless [`Lab::keep`].
@@ -85,7 +87,7 @@ const OWN: &str = include_str!("own.yaml");
 pub const OWN_NAMESPACE: &str = "kun-lab";
 
 impl Lab {
-    /// Brings a lab up. Each step is told before it begins. On failure nothing stays.
+    /// Brings a lab up. Each step is told before it begins. On failure nothing stays, unless it is to be kept.
     pub fn up(options: &Options, step: &mut dyn FnMut(&str)) -> Result<Self> {
         ensure!(
             rustix::process::geteuid().is_root(),
@@ -105,7 +107,7 @@ impl Lab {
             step("removing what a lab of this name left");
             down::down(&options.name);
         }
-        let undo = Undo(&options.name);
+        let undo = Undo(&options.name, options.keep);
         step("fabric: ToR, nodes, gateway, internet host");
         let places = Places {
             directory: options.name.directory(),
@@ -143,7 +145,25 @@ impl Lab {
             _bpffs: bpffs,
             _lock: lock,
         };
-        lab.write_ground(&plans, &application.others)?;
+        let raised = lab.raise(plans, &application.others, step);
+        if let Err(e) = raised {
+            if options.keep {
+                lab.keep();
+            }
+            return Err(e);
+        }
+        std::mem::forget(undo);
+        Ok(lab)
+    }
+
+    fn raise(
+        &mut self,
+        plans: Vec<PodPlan>,
+        others: &[Value],
+        step: &mut dyn FnMut(&str),
+    ) -> Result<()> {
+        let lab = self;
+        lab.write_ground(&plans, others)?;
         step("kun-operator");
         lab.start_operator()?;
         lab.wait_for_blocks()?;
@@ -159,9 +179,7 @@ impl Lab {
             let machine = pod.plan.node;
             pod.wait_ready(lab.topology.machine(machine))?;
         }
-        lab.publish()?;
-        std::mem::forget(undo);
-        Ok(lab)
+        lab.publish()
     }
 
     fn write_ground(&self, plans: &[PodPlan], others: &[Value]) -> Result<()> {
@@ -383,12 +401,14 @@ impl Lab {
     }
 }
 
-/// Takes down what a failed `up` made.
-struct Undo<'a>(&'a LabName);
+/// Takes down what a failed `up` made, unless it is kept.
+struct Undo<'a>(&'a LabName, bool);
 
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
-        down::down(self.0);
+        if !self.1 {
+            down::down(self.0);
+        }
     }
 }
 
