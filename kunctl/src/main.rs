@@ -1,3 +1,204 @@
-//! `kunctl`: status, why, ipam.
+//! `kunctl`: asks the node agent over its socket and prints the answer.
+//!
+//! Exit codes: 0 all is well; 1 something is not as it should be (a session down, a drop, a request refused); 2 the command line or the
+//! configuration is wrong; 3 no agent answers.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod show;
+mod target;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use kun_config::{ClusterSource, Config};
+use kun_control::{ClientError, Request, Response};
+use kun_telemetry::LoadError;
+
+use show::Shown;
+use target::{Destination, QuestionError, ResolveError};
+
+const WRONG: u8 = 1;
+const USAGE: u8 = 2;
+const NO_AGENT: u8 = 3;
+
+/// Where the agent listens when there is no configuration to say it.
+const DEFAULT_SOCKET: &str = "/run/kun/agent.sock";
+
+/// Asks this node's agent.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Exit codes: 0 all is well, 1 something is not as it should be, 2 usage or configuration, 3 no agent answers."
+)]
+struct Flags {
+    /// The configuration, for the agent's socket and the manifest folder.
+    #[arg(long, global = true, default_value = "/etc/kun/kun.yaml")]
+    config: PathBuf,
+    /// The agent's socket; overrides the configuration.
+    #[arg(long, global = true)]
+    socket: Option<PathBuf>,
+    /// How to print.
+    #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
+    output: Output,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Table,
+    /// The agent's answer as it came.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// How this node does: cluster view, proxy, addresses, NAT64, BGP, kernel.
+    Status,
+    /// Why a packet goes where it goes: which service, backend, endpoint and manifest decide.
+    Why {
+        /// Transport protocol.
+        #[arg(value_parser = ["tcp", "udp", "sctp"])]
+        protocol: String,
+        /// `[source] <destination> <port>`; the destination is an address or a Service's name; `host:port` and `[v6]:port` will do.
+        #[arg(required = true, num_args = 1..=3, value_name = "WORDS")]
+        words: Vec<String>,
+    },
+    /// Every slot that is not free, and whose it is.
+    Ipam,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Question(#[from] QuestionError),
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    #[error(transparent)]
+    Agent(#[from] ClientError),
+    #[error("{0}")]
+    Refused(String),
+    #[error("the agent answered something else than was asked; are both programs of one version?")]
+    OtherAnswer,
+    #[error("the answer cannot be written ({0})")]
+    Json(#[from] serde_json::Error),
+}
+
+impl Failure {
+    fn code(&self) -> u8 {
+        match self {
+            Self::Load(_) | Self::Question(_) | Self::Resolve(_) => USAGE,
+            Self::Agent(_) | Self::OtherAnswer => NO_AGENT,
+            Self::Refused(_) | Self::Json(_) => WRONG,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match run(&Flags::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(WRONG),
+        Err(failure) => {
+            eprintln!("kunctl: {failure}");
+            ExitCode::from(failure.code())
+        }
+    }
+}
+
+/// Whether all is as it should be.
+fn run(flags: &Flags) -> Result<bool, Failure> {
+    let config = config(flags)?;
+    let socket = match (&flags.socket, &config) {
+        (Some(socket), _) => socket.as_path(),
+        (None, Some(config)) => config.agent.socket.as_path(),
+        (None, None) => Path::new(DEFAULT_SOCKET),
+    };
+    match &flags.command {
+        Command::Status => {
+            let answer = ask(socket, &Request::Status)?;
+            let Response::Status { status } = &answer else {
+                return Err(Failure::OtherAnswer);
+            };
+            print(flags.output, &answer, &show::status(status, None))
+        }
+        Command::Ipam => {
+            let answer = ask(socket, &Request::Ipam)?;
+            let Response::Ipam { slots } = &answer else {
+                return Err(Failure::OtherAnswer);
+            };
+            print(flags.output, &answer, &show::ipam(slots, None))
+        }
+        Command::Why { protocol, words } => {
+            let question = target::question(words)?;
+            let destinations = match &question.destination {
+                Destination::Address(address) => vec![*address],
+                Destination::Name(name) => target::resolve(name, config.as_ref().and_then(folder))?,
+            };
+            let mut good = true;
+            for destination in destinations {
+                let answer = ask(
+                    socket,
+                    &Request::Why {
+                        protocol: protocol.clone(),
+                        source: question.source,
+                        destination,
+                        port: question.port,
+                    },
+                )?;
+                let Response::Why { steps } = &answer else {
+                    return Err(Failure::OtherAnswer);
+                };
+                let to = std::net::SocketAddr::new(destination, question.port);
+                let from = question.source.map(|s| format!("{s} ")).unwrap_or_default();
+                good &= print(
+                    flags.output,
+                    &answer,
+                    &show::why(&format!("{protocol} {from}→ {to}"), steps, None),
+                )?;
+            }
+            Ok(good)
+        }
+    }
+}
+
+/// With `--socket` a configuration is welcome, not needed; nor is the default one when it does not exist.
+fn config(flags: &Flags) -> Result<Option<Config>, Failure> {
+    match kun_telemetry::load(&flags.config) {
+        Ok(config) => Ok(Some(config)),
+        Err(_) if flags.socket.is_some() => Ok(None),
+        Err(LoadError::Read { source, .. })
+            if source.kind() == std::io::ErrorKind::NotFound
+                && flags.config == Path::new("/etc/kun/kun.yaml") =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn folder(config: &Config) -> Option<&Path> {
+    match &config.cluster {
+        ClusterSource::Folder(folder) => Some(folder),
+        ClusterSource::Kubernetes { .. } => None,
+    }
+}
+
+fn ask(socket: &Path, request: &Request) -> Result<Response, Failure> {
+    match kun_control::ask(socket, request)? {
+        Response::Failed { message } => Err(Failure::Refused(message)),
+        answer => Ok(answer),
+    }
+}
+
+fn print(output: Output, answer: &Response, shown: &Shown) -> Result<bool, Failure> {
+    match output {
+        Output::Table => print!("{}", shown.text),
+        Output::Json => println!("{}", serde_json::to_string(answer)?),
+    }
+    Ok(shown.good)
+}

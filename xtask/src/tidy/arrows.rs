@@ -46,7 +46,11 @@ const ARROWS: &[(&str, &[&str])] = &[
         "kun-operator",
         &["kun-config", "kun-cluster", "kun-telemetry"],
     ),
-    ("kunctl", &["kun-config", "kun-control"]),
+    // The manifest folder gives `kunctl why` the address of a Service by its name.
+    (
+        "kunctl",
+        &["kun-config", "kun-cluster", "kun-control", "kun-telemetry"],
+    ),
     ("kun-conformance", &[]),
     ("kun-harness", &[]),
 ];
