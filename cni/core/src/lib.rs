@@ -5,3 +5,4 @@
 
 pub mod ipam;
 pub mod names;
+pub mod spec;

@@ -1,0 +1,14 @@
+//! The CNI specification's shapes, 0.3.0 to 1.1.0: environment, configuration, results and errors. Parsed here and nowhere
+//! else; what follows works on types that cannot be wrong.
+
+mod config;
+mod env;
+mod failure;
+mod result;
+mod version;
+
+pub use config::{AttachmentId, ConfigError, DEFAULT_KUN_CONFIG, IPV4_ANNOTATION, NetworkConfig};
+pub use env::{Attachment, EnvError, Invocation, parse as parse_environment};
+pub use failure::{Code, Failure};
+pub use result::{Interface, Ip, ResultError, Route, Success};
+pub use version::{UnsupportedVersion, Version};
