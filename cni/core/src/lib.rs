@@ -5,4 +5,5 @@
 
 pub mod ipam;
 pub mod names;
+pub mod plan;
 pub mod spec;

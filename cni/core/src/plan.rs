@@ -1,0 +1,709 @@
+//! The verbs as plans: what ADD does to the kernel, in order, and how each step is undone. CHECK expects what ADD made, so it
+//! reads the same plan.
+//!
+//! A pod's default route goes to a next hop that nobody owns (`fe80::1`, `169.254.1.1`) with a static neighbour entry for the
+//! host side's hardware address: no neighbour discovery, no ARP, no duplicate address detection, and the first packet passes.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use kun_config::Interfaces;
+use kun_config::types::SlotClass;
+use serde_json::Map;
+use sha2::{Digest, Sha256};
+
+use crate::ipam::Key;
+use crate::names::{self, Carries};
+use crate::spec::{Interface, Ip, Route, Success};
+
+/// The pod's IPv6 next hop; on no interface.
+pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+
+/// The pod's IPv4 next hop; on no interface (RFC 3927).
+pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+
+/// `rtm_protocol` of every route that kun installs: whoever cleans up knows them by it.
+pub const ROUTE_PROTOCOL: u8 = 0x6b;
+
+/// IFALIASZ without its closing zero.
+const MAX_ALIAS: usize = 255;
+
+/// A hardware address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Mac(pub [u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// Which namespace an op works in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The node.
+    Host,
+    /// The pod.
+    Pod,
+}
+
+/// A veth pair.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pair {
+    /// What it carries.
+    pub carries: Carries,
+    /// Host-side name.
+    pub host: String,
+    /// Name in the pod.
+    pub pod: String,
+    /// Host-side hardware address.
+    pub host_mac: Mac,
+    /// Hardware address in the pod.
+    pub pod_mac: Mac,
+    /// Host-side ifalias: whose, and of which generation.
+    pub alias: String,
+    /// Addresses in the pod, as /128 and /32.
+    pub addresses: Vec<IpNet>,
+}
+
+/// One step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Op {
+    /// A veth pair with both ends down, its far end made inside the pod, tagged.
+    CreatePair {
+        /// The pair.
+        pair: Pair,
+        /// MTU of both ends.
+        mtu: u32,
+    },
+    /// A file below /proc/sys/net.
+    Sysctl {
+        /// Where.
+        side: Side,
+        /// `ipv6/conf/eth0/accept_dad`
+        path: String,
+        /// Value.
+        value: String,
+    },
+    /// No link-local address of the kernel's making.
+    NoLinkLocal {
+        /// Where.
+        side: Side,
+        /// Interface.
+        ifname: String,
+    },
+    /// Administratively up.
+    Up {
+        /// Where.
+        side: Side,
+        /// Interface.
+        ifname: String,
+    },
+    /// An address, without duplicate address detection.
+    Address {
+        /// Where.
+        side: Side,
+        /// Interface.
+        ifname: String,
+        /// Address and prefix length.
+        address: IpNet,
+    },
+    /// A permanent neighbour.
+    Neighbour {
+        /// Where.
+        side: Side,
+        /// Interface.
+        ifname: String,
+        /// Its address.
+        address: IpAddr,
+        /// Its hardware address.
+        mac: Mac,
+    },
+    /// A route, through a next hop or on the link.
+    Route {
+        /// Where.
+        side: Side,
+        /// Interface.
+        ifname: String,
+        /// Destination.
+        to: IpNet,
+        /// Next hop.
+        via: Option<IpAddr>,
+    },
+    /// Waits until the kernel sends on the interface: what is sent before is lost.
+    AwaitCarrier {
+        /// Where.
+        side: Side,
+        /// Interface.
+        ifname: String,
+    },
+}
+
+impl Op {
+    /// In which namespace it works.
+    pub fn side(&self) -> Side {
+        match self {
+            Op::CreatePair { .. } => Side::Host,
+            Op::Sysctl { side, .. }
+            | Op::NoLinkLocal { side, .. }
+            | Op::Up { side, .. }
+            | Op::Address { side, .. }
+            | Op::Neighbour { side, .. }
+            | Op::Route { side, .. }
+            | Op::AwaitCarrier { side, .. } => *side,
+        }
+    }
+
+    /// What undoes it. Everything else hangs on the pair and goes with it; the namespace's sysctls go with the pod.
+    pub fn undo(&self) -> Option<Undo> {
+        match self {
+            Op::CreatePair { pair, .. } => Some(Undo::RemoveLink {
+                host: pair.host.clone(),
+            }),
+            Op::Sysctl { .. }
+            | Op::NoLinkLocal { .. }
+            | Op::Up { .. }
+            | Op::Address { .. }
+            | Op::Neighbour { .. }
+            | Op::Route { .. }
+            | Op::AwaitCarrier { .. } => None,
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let at = |side: &Side| match side {
+            Side::Host => "node",
+            Side::Pod => "pod",
+        };
+        match self {
+            Op::CreatePair { pair, mtu } => {
+                write!(
+                    f,
+                    "veth pair {} – {} in the pod, mtu {mtu}",
+                    pair.host, pair.pod
+                )
+            }
+            Op::Sysctl { side, path, value } => {
+                write!(f, "{}: /proc/sys/net/{path} = {value}", at(side))
+            }
+            Op::NoLinkLocal { side, ifname } => {
+                write!(f, "{}: no link-local address on {ifname}", at(side))
+            }
+            Op::Up { side, ifname } => write!(f, "{}: {ifname} up", at(side)),
+            Op::Address {
+                side,
+                ifname,
+                address,
+            } => write!(f, "{}: address {address} on {ifname}", at(side)),
+            Op::Neighbour {
+                side,
+                ifname,
+                address,
+                mac,
+            } => write!(f, "{}: neighbour {address} at {mac} on {ifname}", at(side)),
+            Op::Route {
+                side,
+                ifname,
+                to,
+                via: Some(via),
+            } => write!(f, "{}: route {to} via {via} on {ifname}", at(side)),
+            Op::Route {
+                side,
+                ifname,
+                to,
+                via: None,
+            } => write!(f, "{}: route {to} on {ifname}", at(side)),
+            Op::AwaitCarrier { side, ifname } => write!(f, "{}: carrier on {ifname}", at(side)),
+        }
+    }
+}
+
+/// How a step is undone; each succeeds when there is nothing to undo.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Undo {
+    /// Removes a host-side interface and with it the pair, its routes and neighbours.
+    RemoveLink {
+        /// Its name.
+        host: String,
+    },
+}
+
+/// What an ADD is to make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// Whose.
+    pub key: Key,
+    /// Generation of the slot.
+    pub generation: u64,
+    /// IPv6 address, always.
+    pub v6: Ipv6Addr,
+    /// IPv4 address of dual slots.
+    pub v4: Option<Ipv4Addr>,
+    /// Split or shared.
+    pub interfaces: Interfaces,
+    /// MTU of every interface.
+    pub mtu: u32,
+    /// First and last port of the pod's `ip_local_port_range`: its NAT64 port block is found by it.
+    pub local_ports: (u16, u16),
+}
+
+impl Facts {
+    /// The pairs to make, IPv6's first.
+    pub fn pairs(&self) -> Vec<Pair> {
+        let class = match self.v4 {
+            Some(_) => SlotClass::Dual,
+            None => SlotClass::V6Only,
+        };
+        let v6 = IpNet::V6(Ipv6Net::from(self.v6));
+        let v4 = self.v4.map(|v4| IpNet::V4(Ipv4Net::from(v4)));
+        names::pairs(class, self.interfaces)
+            .iter()
+            .map(|&carries| Pair {
+                carries,
+                host: names::host_name(&self.key, carries),
+                pod: match carries {
+                    Carries::V6 | Carries::Both => self.key.ifname.clone(),
+                    Carries::V4 => second_name(&self.key.ifname),
+                },
+                host_mac: mac(&self.key, carries, "host"),
+                pod_mac: mac(&self.key, carries, "pod"),
+                alias: alias(&self.key, self.generation),
+                addresses: match carries {
+                    Carries::V6 => vec![v6],
+                    Carries::V4 => v4.into_iter().collect(),
+                    Carries::Both => [Some(v6), v4].into_iter().flatten().collect(),
+                },
+            })
+            .collect()
+    }
+}
+
+/// ADD, after the slot is allocated.
+pub fn add(facts: &Facts) -> Vec<Op> {
+    let pairs = facts.pairs();
+    let mut ops: Vec<Op> = pairs
+        .iter()
+        .map(|pair| Op::CreatePair {
+            pair: pair.clone(),
+            mtu: facts.mtu,
+        })
+        .collect();
+
+    // The host side comes up first: then the pod's side has a carrier at once when it comes up, and its packets pass.
+    for pair in &pairs {
+        ops.extend(host_ops(pair));
+    }
+
+    let (first, last) = facts.local_ports;
+    ops.push(sysctl(
+        Side::Pod,
+        "ipv4/ip_local_port_range",
+        &format!("{first}\t{last}"),
+    ));
+    for pair in &pairs {
+        ops.extend(pod_ops(pair));
+    }
+    for pair in &pairs {
+        ops.push(Op::AwaitCarrier {
+            side: Side::Host,
+            ifname: pair.host.clone(),
+        });
+    }
+    ops
+}
+
+/// DEL's part in the kernel: by name, whatever of ADD was reached.
+pub fn del(key: &Key) -> Vec<Undo> {
+    [Carries::V4, Carries::V6]
+        .into_iter()
+        .map(|carries| Undo::RemoveLink {
+            host: names::host_name(key, carries),
+        })
+        .collect()
+}
+
+/// ADD's result.
+///
+/// Both addresses must reach `status.podIPs`, and containerd takes a pod's addresses from the interface that the runtime named
+/// (`eth0`) alone: it files each address under `interfaces[interface]`, and one without `interface` under `eth0`. The IPv4
+/// address of a split pod is on `eth1`, where containerd would lose it; so it is told as belonging to the attachment as a
+/// whole, which is true, and not to `eth0`, which is not. CRI-O takes every address.
+pub fn result(facts: &Facts, netns: &str) -> Success {
+    let pairs = facts.pairs();
+    let interface = |name: &str, mac: Mac, sandbox: &str| Interface {
+        name: name.to_owned(),
+        mac: Some(mac.to_string()),
+        mtu: Some(facts.mtu),
+        sandbox: sandbox.to_owned(),
+        rest: Map::new(),
+    };
+    let mut success = Success::default();
+    for pair in &pairs {
+        success
+            .interfaces
+            .push(interface(&pair.pod, pair.pod_mac, netns));
+    }
+    for pair in &pairs {
+        success
+            .interfaces
+            .push(interface(&pair.host, pair.host_mac, ""));
+    }
+    for (index, pair) in pairs.iter().enumerate() {
+        for address in &pair.addresses {
+            let gateway = gateway(address);
+            success.ips.push(Ip {
+                address: *address,
+                gateway: Some(gateway),
+                interface: (index == 0).then_some(index),
+            });
+            success.routes.push(Route {
+                dst: default_route(address),
+                gw: Some(gateway),
+                rest: Map::new(),
+            });
+        }
+    }
+    success
+}
+
+/// The host side's ifalias. The generation stands before the key, so that a long key cannot cut it off.
+pub fn alias(key: &Key, generation: u64) -> String {
+    let mut alias = format!(
+        "kun:{generation}:{}/{}/{}",
+        key.network, key.container_id, key.ifname
+    );
+    // Every part is ASCII by the specification's rule.
+    alias.truncate(MAX_ALIAS);
+    alias
+}
+
+/// The generation in an ifalias, if it is this key's.
+pub fn generation_in(text: &str, key: &Key) -> Option<u64> {
+    let generation = text.strip_prefix("kun:")?.split(':').next()?.parse().ok()?;
+    (alias(key, generation) == text).then_some(generation)
+}
+
+fn host_ops(pair: &Pair) -> Vec<Op> {
+    let side = Side::Host;
+    let ifname = pair.host.clone();
+    let mut ops = vec![Op::NoLinkLocal {
+        side,
+        ifname: ifname.clone(),
+    }];
+    for (family, key, value) in host_sysctls(pair.carries) {
+        ops.push(sysctl(
+            side,
+            &format!("{family}/conf/{ifname}/{key}"),
+            value,
+        ));
+    }
+    ops.push(Op::Up {
+        side,
+        ifname: ifname.clone(),
+    });
+    for address in &pair.addresses {
+        ops.push(Op::Neighbour {
+            side,
+            ifname: ifname.clone(),
+            address: address.addr(),
+            mac: pair.pod_mac,
+        });
+        ops.push(Op::Route {
+            side,
+            ifname: ifname.clone(),
+            to: *address,
+            via: None,
+        });
+    }
+    ops
+}
+
+/// Forwarding on; nothing answered on others' behalf, nothing learnt; a pod's IPv4 packets must come from its own address.
+fn host_sysctls(carries: Carries) -> Vec<(&'static str, &'static str, &'static str)> {
+    let v6: &[_] = &[
+        ("ipv6", "forwarding", "1"),
+        ("ipv6", "accept_ra", "0"),
+        ("ipv6", "proxy_ndp", "0"),
+    ];
+    let v4: &[_] = &[
+        ("ipv4", "forwarding", "1"),
+        ("ipv4", "rp_filter", "1"),
+        ("ipv4", "proxy_arp", "0"),
+    ];
+    match carries {
+        Carries::V6 => v6.to_vec(),
+        Carries::V4 => v4.to_vec(),
+        Carries::Both => [v6, v4].concat(),
+    }
+}
+
+fn pod_ops(pair: &Pair) -> Vec<Op> {
+    let side = Side::Pod;
+    let ifname = pair.pod.clone();
+    let mut ops = Vec::new();
+    match pair.carries {
+        Carries::V6 | Carries::Both => {
+            // Runtimes may turn IPv6 off in new namespaces.
+            for (key, value) in [
+                ("disable_ipv6", "0"),
+                ("accept_dad", "0"),
+                ("accept_ra", "0"),
+                ("forwarding", "0"),
+            ] {
+                ops.push(sysctl(side, &format!("ipv6/conf/{ifname}/{key}"), value));
+            }
+        }
+        Carries::V4 => ops.push(Op::NoLinkLocal {
+            side,
+            ifname: ifname.clone(),
+        }),
+    }
+    match pair.carries {
+        Carries::V4 | Carries::Both => {
+            ops.push(sysctl(side, &format!("ipv4/conf/{ifname}/forwarding"), "0"));
+        }
+        Carries::V6 => {}
+    }
+    ops.push(Op::Up {
+        side,
+        ifname: ifname.clone(),
+    });
+    for address in &pair.addresses {
+        let gateway = gateway(address);
+        ops.push(Op::Address {
+            side,
+            ifname: ifname.clone(),
+            address: *address,
+        });
+        ops.push(Op::Neighbour {
+            side,
+            ifname: ifname.clone(),
+            address: gateway,
+            mac: pair.host_mac,
+        });
+        ops.push(Op::Route {
+            side,
+            ifname: ifname.clone(),
+            to: default_route(address),
+            via: Some(gateway),
+        });
+    }
+    ops
+}
+
+fn sysctl(side: Side, path: &str, value: &str) -> Op {
+    Op::Sysctl {
+        side,
+        path: path.to_owned(),
+        value: value.to_owned(),
+    }
+}
+
+fn gateway(address: &IpNet) -> IpAddr {
+    match address {
+        IpNet::V6(_) => GATEWAY_V6.into(),
+        IpNet::V4(_) => GATEWAY_V4.into(),
+    }
+}
+
+fn default_route(address: &IpNet) -> IpNet {
+    match address {
+        IpNet::V6(_) => IpNet::V6(Ipv6Net::default()),
+        IpNet::V4(_) => IpNet::V4(Ipv4Net::default()),
+    }
+}
+
+/// `eth0` → `eth1`, `net7` → `net8`, `pod` → `pod1`.
+fn second_name(first: &str) -> String {
+    let stem = first.trim_end_matches(|c: char| c.is_ascii_digit());
+    let number: u32 = first[stem.len()..].parse().unwrap_or(0);
+    let number = number.saturating_add(1).to_string();
+    let stem: String = stem.chars().take(names::MAX_NAME - number.len()).collect();
+    stem + &number
+}
+
+/// Locally administered, unicast, fixed by the key: neighbours can be static on both sides before either end exists.
+fn mac(key: &Key, carries: Carries, end: &str) -> Mac {
+    let digest = Sha256::digest(format!("{} {end}", names::host_name(key, carries)));
+    let mut bytes = [0; 6];
+    bytes.copy_from_slice(&digest[..6]);
+    bytes[0] = bytes[0] & 0xfc | 0x02;
+    Mac(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::spec::Version;
+
+    fn facts(v4: bool, interfaces: Interfaces) -> Facts {
+        Facts {
+            key: Key {
+                container_id: "c1".into(),
+                ifname: "eth0".into(),
+                network: "kun".into(),
+            },
+            generation: 3,
+            v6: "fd00::a00:1".parse().unwrap(),
+            v4: v4.then(|| "10.0.0.1".parse().unwrap()),
+            interfaces,
+            mtu: 1500,
+            local_ports: (64512, 65535),
+        }
+    }
+
+    const ALL: [(bool, Interfaces); 4] = [
+        (true, Interfaces::Split),
+        (true, Interfaces::Shared),
+        (false, Interfaces::Split),
+        (false, Interfaces::Shared),
+    ];
+
+    #[test]
+    fn every_pair_made_is_removed_by_undo_and_by_del() {
+        for (v4, interfaces) in ALL {
+            let facts = facts(v4, interfaces);
+            let undone: Vec<Undo> = add(&facts).iter().filter_map(Op::undo).collect();
+            assert_eq!(undone.len(), facts.pairs().len());
+            for undo in undone {
+                assert!(del(&facts.key).contains(&undo));
+            }
+        }
+    }
+
+    #[test]
+    fn every_address_has_its_route_and_neighbour_on_both_sides() {
+        for (v4, interfaces) in ALL {
+            let facts = facts(v4, interfaces);
+            let ops = add(&facts);
+            for pair in facts.pairs() {
+                for address in &pair.addresses {
+                    for needed in [
+                        Op::Route {
+                            side: Side::Host,
+                            ifname: pair.host.clone(),
+                            to: *address,
+                            via: None,
+                        },
+                        Op::Neighbour {
+                            side: Side::Host,
+                            ifname: pair.host.clone(),
+                            address: address.addr(),
+                            mac: pair.pod_mac,
+                        },
+                        Op::Neighbour {
+                            side: Side::Pod,
+                            ifname: pair.pod.clone(),
+                            address: gateway(address),
+                            mac: pair.host_mac,
+                        },
+                        Op::Route {
+                            side: Side::Pod,
+                            ifname: pair.pod.clone(),
+                            to: default_route(address),
+                            via: Some(gateway(address)),
+                        },
+                    ] {
+                        assert!(ops.contains(&needed), "{needed}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_v6_only_pod_has_no_ipv4_at_all() {
+        for interfaces in [Interfaces::Split, Interfaces::Shared] {
+            let facts = facts(false, interfaces);
+            assert!(!add(&facts).iter().any(|op| match op {
+                Op::Address { address, .. } => address.addr().is_ipv4(),
+                Op::Route { to, .. } => to.addr().is_ipv4(),
+                Op::Neighbour { address, .. } => address.is_ipv4(),
+                _ => false,
+            }));
+            assert_eq!(result(&facts, "/n").ips.len(), 1);
+        }
+    }
+
+    /// How containerd (go-cni `createResult`) files the addresses of a result, by interface name.
+    fn filed_by_containerd(success: &Success) -> BTreeMap<String, Vec<IpAddr>> {
+        let mut filed: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
+        for ip in &success.ips {
+            let name = match ip.interface {
+                Some(index) => success.interfaces[index].name.clone(),
+                None => "eth0".to_owned(),
+            };
+            filed.entry(name).or_default().push(ip.address.addr());
+        }
+        filed
+    }
+
+    #[test]
+    fn containerd_finds_both_addresses_on_eth0_in_every_version() {
+        for interfaces in [Interfaces::Split, Interfaces::Shared] {
+            let facts = facts(true, interfaces);
+            for version in Version::ALL {
+                let json = result(&facts, "/run/netns/x").to_json(version);
+                let filed = filed_by_containerd(&Success::parse(&json).unwrap());
+                let expected: Vec<IpAddr> = vec![facts.v6.into(), facts.v4.expect("dual").into()];
+                assert_eq!(filed["eth0"], expected, "{interfaces:?} {version}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_interfaces_of_a_split_pod() {
+        let pairs = facts(true, Interfaces::Split).pairs();
+        let names: Vec<_> = pairs.iter().map(|p| p.pod.as_str()).collect();
+        assert_eq!(names, ["eth0", "eth1"]);
+        let macs: std::collections::BTreeSet<_> = pairs
+            .iter()
+            .flat_map(|p| [p.host_mac.0, p.pod_mac.0])
+            .collect();
+        assert_eq!(macs.len(), 4);
+        assert!(macs.iter().all(|m| m[0] & 3 == 2), "local, unicast");
+    }
+
+    #[test]
+    fn second_names() {
+        for (first, second) in [
+            ("eth0", "eth1"),
+            ("net9", "net10"),
+            ("pod", "pod1"),
+            ("abcdefghijklmn9", "abcdefghijklm10"),
+            ("7", "8"),
+        ] {
+            assert_eq!(second_name(first), second);
+            assert!(second.len() <= names::MAX_NAME);
+        }
+    }
+
+    #[test]
+    fn the_alias_tells_generation_and_owner_however_long() {
+        let mut key = facts(true, Interfaces::Split).key;
+        assert_eq!(generation_in(&alias(&key, 7), &key), Some(7));
+        let other = Key {
+            container_id: "c2".into(),
+            ..key.clone()
+        };
+        assert_eq!(generation_in(&alias(&other, 7), &key), None);
+        for foreign in [
+            "",
+            "kun:",
+            "kun:x:kun/c1/eth0",
+            "kun:+7:kun/c1/eth0",
+            "uplink",
+        ] {
+            assert_eq!(generation_in(foreign, &key), None, "{foreign}");
+        }
+        key.container_id = "c".repeat(400);
+        assert_eq!(alias(&key, 7).len(), MAX_ALIAS);
+        assert_eq!(generation_in(&alias(&key, 7), &key), Some(7));
+    }
+}
