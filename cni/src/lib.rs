@@ -7,6 +7,9 @@
 
 pub mod clock;
 pub mod ipam;
+pub mod kernel;
+pub mod netlink;
+pub mod netns;
 pub mod spool;
 pub mod store;
 

@@ -1,0 +1,498 @@
+//! A rtnetlink socket, synchronous: one batch out, its acknowledgements in.
+//!
+//! A socket belongs to the network namespace in which it was opened, whatever its thread does later. Requests of one batch are
+//! sent with one call; the kernel works through all of them and answers each.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use ipnet::IpNet;
+use kun_cni_core::plan::{Mac, Pair, ROUTE_PROTOCOL};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
+use netlink_packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
+    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
+};
+use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
+use netlink_packet_route::route::{
+    RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+/// Messages in one answer to a dump of one namespace: a node's links and a pod's addresses and routes, ten times over.
+const MAX_DUMP: usize = 100_000;
+
+/// Why a conversation failed. What the kernel refuses is an `io::Error` beside it.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// The socket.
+    #[error("rtnetlink socket: {0}")]
+    Socket(#[from] io::Error),
+    /// The answer.
+    #[error("rtnetlink answer: {0}")]
+    Decode(#[from] netlink_packet_core::DecodeError),
+    /// More than anybody has.
+    #[error("rtnetlink dump: more than {MAX_DUMP} messages")]
+    TooMany,
+}
+
+/// One request.
+#[derive(Debug, Clone)]
+pub struct Query {
+    message: RouteNetlinkMessage,
+    flags: u16,
+}
+
+/// An interface as the kernel shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// Index.
+    pub index: u32,
+    /// Name.
+    pub name: String,
+    /// MTU.
+    pub mtu: u32,
+    /// Hardware address.
+    pub mac: Vec<u8>,
+    /// ifalias.
+    pub alias: Option<String>,
+    /// Administratively up.
+    pub up: bool,
+    /// The kernel sends on it.
+    pub running: bool,
+}
+
+/// The socket.
+#[derive(Debug)]
+pub struct Rtnl {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Rtnl {
+    /// A socket in the calling thread's network namespace.
+    pub fn open() -> Result<Self, NetlinkError> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        Ok(Self {
+            socket,
+            sequence: 0,
+        })
+    }
+
+    /// Sends all requests at once; gives the kernel's verdict on each, in order.
+    pub fn batch(&mut self, queries: &[Query]) -> Result<Vec<io::Result<()>>, NetlinkError> {
+        if queries.is_empty() {
+            return Ok(Vec::new());
+        }
+        let first = self.sequence + 1;
+        let mut bytes = Vec::new();
+        for query in queries {
+            self.emit(query, NLM_F_ACK, &mut bytes);
+        }
+        self.socket.send(&bytes, 0)?;
+        let mut verdicts: BTreeMap<u32, io::Result<()>> = BTreeMap::new();
+        while verdicts.len() < queries.len() {
+            self.receive(|header, payload| {
+                if let NetlinkPayload::Error(e) = payload
+                    && header.sequence_number >= first
+                {
+                    let verdict = match e.code {
+                        None => Ok(()),
+                        Some(_) => Err(e.to_io()),
+                    };
+                    verdicts.insert(header.sequence_number, verdict);
+                }
+            })?;
+        }
+        Ok(verdicts.into_values().collect())
+    }
+
+    /// The interface of this name.
+    pub fn link(&mut self, name: &str) -> Result<Option<Link>, NetlinkError> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.into()));
+        message
+            .attributes
+            .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+        let answer = self.ask(RouteNetlinkMessage::GetLink(message))?;
+        Ok(match answer {
+            Ok(RouteNetlinkMessage::NewLink(link)) => Some(Link::of(&link)),
+            Ok(_) | Err(_) => None,
+        })
+    }
+
+    /// The interface of this index.
+    pub fn link_by_index(&mut self, index: u32) -> Result<Option<Link>, NetlinkError> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        let answer = self.ask(RouteNetlinkMessage::GetLink(message))?;
+        Ok(match answer {
+            Ok(RouteNetlinkMessage::NewLink(link)) => Some(Link::of(&link)),
+            Ok(_) | Err(_) => None,
+        })
+    }
+
+    /// Every interface.
+    pub fn links(&mut self) -> Result<Vec<Link>, NetlinkError> {
+        let mut message = LinkMessage::default();
+        message
+            .attributes
+            .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+        let answers = self.dump(RouteNetlinkMessage::GetLink(message))?;
+        Ok(answers
+            .iter()
+            .filter_map(|answer| match answer {
+                RouteNetlinkMessage::NewLink(link) => Some(Link::of(link)),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// The addresses on an interface.
+    pub fn addresses(&mut self, index: u32) -> Result<Vec<IpNet>, NetlinkError> {
+        let answers = self.dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
+        Ok(answers
+            .iter()
+            .filter_map(|answer| match answer {
+                RouteNetlinkMessage::NewAddress(a) if a.header.index == index => {
+                    // IPv4 has the address itself in IFA_LOCAL, IPv6 in IFA_ADDRESS.
+                    let find = |local: bool| {
+                        a.attributes.iter().find_map(|attribute| match attribute {
+                            AddressAttribute::Local(ip) if local => Some(*ip),
+                            AddressAttribute::Address(ip) if !local => Some(*ip),
+                            _ => None,
+                        })
+                    };
+                    let ip = find(true).or_else(|| find(false))?;
+                    IpNet::new(ip, a.header.prefix_len).ok()
+                }
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// The interface through which the kernel would send to this address; `None`: no route.
+    pub fn route_to(&mut self, address: IpAddr) -> Result<Option<u32>, NetlinkError> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(address);
+        message.header.destination_prefix_length = match address {
+            IpAddr::V4(_) => 32,
+            IpAddr::V6(_) => 128,
+        };
+        message
+            .attributes
+            .push(RouteAttribute::Destination(address.into()));
+        let answer = self.ask(RouteNetlinkMessage::GetRoute(message))?;
+        Ok(match answer {
+            Ok(RouteNetlinkMessage::NewRoute(route)) => {
+                route
+                    .attributes
+                    .iter()
+                    .find_map(|attribute| match attribute {
+                        RouteAttribute::Oif(index) => Some(*index),
+                        _ => None,
+                    })
+            }
+            Ok(_) | Err(_) => None,
+        })
+    }
+
+    /// The hardware address of a neighbour, if it is permanent.
+    pub fn permanent_neighbour(
+        &mut self,
+        index: u32,
+        address: IpAddr,
+    ) -> Result<Option<Vec<u8>>, NetlinkError> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family(address);
+        message.header.ifindex = index;
+        message
+            .attributes
+            .push(NeighbourAttribute::Destination(address.into()));
+        let answer = self.ask(RouteNetlinkMessage::GetNeighbour(message))?;
+        Ok(match answer {
+            Ok(RouteNetlinkMessage::NewNeighbour(neighbour))
+                if neighbour.header.state == NeighbourState::Permanent =>
+            {
+                neighbour
+                    .attributes
+                    .iter()
+                    .find_map(|attribute| match attribute {
+                        NeighbourAttribute::LinkLayerAddress(mac) => Some(mac.clone()),
+                        _ => None,
+                    })
+            }
+            Ok(_) | Err(_) => None,
+        })
+    }
+
+    /// One question, one answer, or the kernel's refusal.
+    fn ask(
+        &mut self,
+        message: RouteNetlinkMessage,
+    ) -> Result<io::Result<RouteNetlinkMessage>, NetlinkError> {
+        let mut bytes = Vec::new();
+        let query = Query { message, flags: 0 };
+        self.emit(&query, 0, &mut bytes);
+        let sequence = self.sequence;
+        self.socket.send(&bytes, 0)?;
+        let mut answer = None;
+        while answer.is_none() {
+            self.receive(|header, payload| {
+                if header.sequence_number != sequence {
+                    return;
+                }
+                answer = match payload {
+                    NetlinkPayload::Error(e) => Some(Err(e.to_io())),
+                    NetlinkPayload::InnerMessage(message) => Some(Ok(message)),
+                    _ => None,
+                };
+            })?;
+        }
+        Ok(answer.unwrap_or_else(|| Err(io::ErrorKind::UnexpectedEof.into())))
+    }
+
+    fn dump(
+        &mut self,
+        message: RouteNetlinkMessage,
+    ) -> Result<Vec<RouteNetlinkMessage>, NetlinkError> {
+        let mut bytes = Vec::new();
+        let flags = NLM_F_DUMP;
+        self.emit(&Query { message, flags }, 0, &mut bytes);
+        let sequence = self.sequence;
+        self.socket.send(&bytes, 0)?;
+        let mut answers = Vec::new();
+        let mut end = None;
+        while end.is_none() {
+            if answers.len() > MAX_DUMP {
+                return Err(NetlinkError::TooMany);
+            }
+            self.receive(|header, payload| {
+                if header.sequence_number != sequence {
+                    return;
+                }
+                match payload {
+                    NetlinkPayload::InnerMessage(message) => answers.push(message),
+                    NetlinkPayload::Done(_) => end = Some(Ok(())),
+                    NetlinkPayload::Error(e) => end = Some(Err(e.to_io())),
+                    _ => {}
+                }
+            })?;
+        }
+        end.unwrap_or(Ok(()))?;
+        Ok(answers)
+    }
+
+    fn emit(&mut self, query: &Query, more_flags: u16, bytes: &mut Vec<u8>) {
+        self.sequence += 1;
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | query.flags | more_flags;
+        header.sequence_number = self.sequence;
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(query.message.clone()));
+        message.finalize();
+        let begin = bytes.len();
+        // NLMSG_ALIGN
+        bytes.resize(begin + message.buffer_len().next_multiple_of(4), 0);
+        message.serialize(&mut bytes[begin..]);
+    }
+
+    /// Reads one datagram and hands over its messages.
+    fn receive(
+        &mut self,
+        mut take: impl FnMut(NetlinkHeader, NetlinkPayload<RouteNetlinkMessage>),
+    ) -> Result<(), NetlinkError> {
+        let (datagram, _) = self.socket.recv_from_full()?;
+        let mut rest = datagram.as_slice();
+        while !rest.is_empty() {
+            let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)?;
+            let length = usize::try_from(message.header.length)
+                .unwrap_or(usize::MAX)
+                .next_multiple_of(4)
+                .max(4);
+            let (header, payload) = message.into_parts();
+            take(header, payload);
+            rest = rest.get(length..).unwrap_or_default();
+        }
+        Ok(())
+    }
+}
+
+impl Query {
+    /// A veth pair, both ends down, the far end in `netns` from the first moment.
+    pub fn create_pair(pair: &Pair, mtu: u32, netns: BorrowedFd<'_>) -> Self {
+        let mut peer = LinkMessage::default();
+        peer.attributes = vec![
+            LinkAttribute::IfName(pair.pod.clone()),
+            LinkAttribute::Address(pair.pod_mac.0.to_vec()),
+            LinkAttribute::Mtu(mtu),
+            LinkAttribute::NetNsFd(netns.as_raw_fd()),
+        ];
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(pair.host.clone()),
+            LinkAttribute::Address(pair.host_mac.0.to_vec()),
+            LinkAttribute::Mtu(mtu),
+            LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Veth),
+                LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+            ]),
+        ];
+        Self {
+            message: RouteNetlinkMessage::NewLink(message),
+            flags: NLM_F_CREATE | NLM_F_EXCL,
+        }
+    }
+
+    /// Sets the ifalias of the interface of this name.
+    pub fn alias(name: &str, alias: &str) -> Self {
+        Self::set(name, LinkAttribute::IfAlias(alias.to_owned()))
+    }
+
+    /// The kernel makes no link-local address on it.
+    pub fn no_link_local(name: &str) -> Self {
+        let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+        Self::set(
+            name,
+            LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])]),
+        )
+    }
+
+    /// Administratively up.
+    pub fn up(name: &str) -> Self {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.into()));
+        message.header.flags = LinkFlags::Up;
+        message.header.change_mask = LinkFlags::Up;
+        Self {
+            message: RouteNetlinkMessage::SetLink(message),
+            flags: 0,
+        }
+    }
+
+    /// Removes the interface, and with it its peer, addresses, routes and neighbours.
+    pub fn remove_link(index: u32) -> Self {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        Self {
+            message: RouteNetlinkMessage::DelLink(message),
+            flags: 0,
+        }
+    }
+
+    /// An address that is usable at once.
+    pub fn address(index: u32, address: IpNet) -> Self {
+        let ip = address.addr();
+        let mut message = AddressMessage::default();
+        message.header.family = family(ip);
+        message.header.index = index;
+        message.header.prefix_len = address.prefix_len();
+        message.header.scope = AddressScope::Universe;
+        message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+        if ip.is_ipv6() {
+            message
+                .attributes
+                .push(AddressAttribute::Flags(AddressFlags::Nodad));
+        }
+        Self {
+            message: RouteNetlinkMessage::NewAddress(message),
+            flags: NLM_F_CREATE | NLM_F_EXCL,
+        }
+    }
+
+    /// A permanent neighbour.
+    pub fn neighbour(index: u32, address: IpAddr, mac: Mac) -> Self {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family(address);
+        message.header.ifindex = index;
+        message.header.state = NeighbourState::Permanent;
+        message.header.kind = RouteType::Unicast;
+        message.attributes = vec![
+            NeighbourAttribute::Destination(address.into()),
+            NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()),
+        ];
+        Self {
+            message: RouteNetlinkMessage::NewNeighbour(message),
+            flags: NLM_F_CREATE | NLM_F_REPLACE,
+        }
+    }
+
+    /// A route of ours in the main table. A route left over to the same destination gives way: the slot is ours now.
+    pub fn route(index: u32, to: IpNet, via: Option<IpAddr>) -> Self {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(to.addr());
+        message.header.destination_prefix_length = to.prefix_len();
+        message.header.table = netlink_packet_route::route::RouteHeader::RT_TABLE_MAIN;
+        message.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
+        message.header.kind = RouteType::Unicast;
+        message.attributes.push(RouteAttribute::Oif(index));
+        if to.prefix_len() > 0 {
+            message
+                .attributes
+                .push(RouteAttribute::Destination(to.addr().into()));
+        }
+        match via {
+            Some(via) => {
+                message.header.scope = RouteScope::Universe;
+                // The next hop is on no subnet of the interface.
+                message.header.flags = RouteFlags::Onlink;
+                message.attributes.push(RouteAttribute::Gateway(via.into()));
+            }
+            None if to.addr().is_ipv4() => message.header.scope = RouteScope::Link,
+            None => message.header.scope = RouteScope::Universe,
+        }
+        Self {
+            message: RouteNetlinkMessage::NewRoute(message),
+            flags: NLM_F_CREATE | NLM_F_REPLACE,
+        }
+    }
+
+    fn set(name: &str, attribute: LinkAttribute) -> Self {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![LinkAttribute::IfName(name.into()), attribute];
+        Self {
+            message: RouteNetlinkMessage::SetLink(message),
+            flags: 0,
+        }
+    }
+}
+
+impl Link {
+    fn of(message: &LinkMessage) -> Self {
+        let mut link = Self {
+            index: message.header.index,
+            name: String::new(),
+            mtu: 0,
+            mac: Vec::new(),
+            alias: None,
+            up: message.header.flags.contains(LinkFlags::Up),
+            running: false,
+        };
+        for attribute in &message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => link.name.clone_from(name),
+                LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+                LinkAttribute::Address(mac) => link.mac.clone_from(mac),
+                LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
+                LinkAttribute::OperState(state) => link.running = *state == State::Up,
+                _ => {}
+            }
+        }
+        link
+    }
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    }
+}

@@ -1,0 +1,129 @@
+//! A pod's network namespace.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// `f_type` of nsfs, where namespaces live (linux/magic.h).
+const NSFS_MAGIC: i64 = 0x6e73_6673;
+
+/// Why a namespace is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum NetnsError {
+    /// Not there, or not allowed.
+    #[error("CNI_NETNS {}: {source}; it is the path of the pod's network namespace", path.display())]
+    Open {
+        /// The path.
+        path: PathBuf,
+        /// The system's word.
+        source: io::Error,
+    },
+    /// Some other file.
+    #[error("CNI_NETNS {}: not a namespace", path.display())]
+    NotNamespace {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The node's own: interfaces would be made on the node.
+    #[error("CNI_NETNS {}: this is the node's own network namespace", path.display())]
+    Own {
+        /// The path.
+        path: PathBuf,
+    },
+    /// setns, or the thread for it.
+    #[error("CNI_NETNS {}: entering it: {source}", path.display())]
+    Enter {
+        /// The path.
+        path: PathBuf,
+        /// The system's word.
+        source: io::Error,
+    },
+}
+
+/// An open namespace; it lives on while this does.
+#[derive(Debug)]
+pub struct Netns {
+    path: PathBuf,
+    fd: OwnedFd,
+}
+
+impl Netns {
+    /// Opens the namespace at this path; refuses what is none, and the caller's own.
+    pub fn open(path: &Path) -> Result<Self, NetnsError> {
+        let failed = |e: rustix::io::Errno| NetnsError::Open {
+            path: path.to_owned(),
+            source: e.into(),
+        };
+        let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(failed)?;
+        let kind = rustix::fs::fstatfs(&fd).map_err(failed)?.f_type;
+        if i128::from(kind) != i128::from(NSFS_MAGIC) {
+            return Err(NetnsError::NotNamespace {
+                path: path.to_owned(),
+            });
+        }
+        let theirs = rustix::fs::fstat(&fd).map_err(failed)?;
+        let ours = rustix::fs::stat("/proc/thread-self/ns/net").map_err(failed)?;
+        if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino) {
+            return Err(NetnsError::Own {
+                path: path.to_owned(),
+            });
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            fd,
+        })
+    }
+
+    /// Runs the closure inside, on a thread of its own: the caller's thread never leaves the node's namespace, whatever fails.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
+        let failed = |source| NetnsError::Enter {
+            path: self.path.clone(),
+            source,
+        };
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new()
+                .name("netns".into())
+                .spawn_scoped(scope, || {
+                    move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))
+                        .map_err(|e| failed(e.into()))?;
+                    Ok(work())
+                })
+                .map_err(failed)?;
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_foreign_namespace_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(matches!(
+            Netns::open(file.path()),
+            Err(NetnsError::NotNamespace { .. })
+        ));
+        assert!(matches!(
+            Netns::open(Path::new("/nonexistent/netns")),
+            Err(NetnsError::Open { .. })
+        ));
+        assert!(matches!(
+            Netns::open(Path::new("/proc/self/ns/net")),
+            Err(NetnsError::Own { .. })
+        ));
+    }
+}
