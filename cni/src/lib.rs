@@ -5,11 +5,13 @@
 
 #![forbid(unsafe_code)]
 
+pub mod allocator;
 pub mod clock;
 pub mod ipam;
 pub mod kernel;
 pub mod netlink;
 pub mod netns;
+pub mod plugin;
 pub mod spool;
 pub mod store;
 

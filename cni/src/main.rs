@@ -1,3 +1,106 @@
-//! The program: flags, configuration, and the shells joined.
+//! The program that a container runtime executes: environment and stdin in, one JSON object on stdout out.
 
-fn main() {}
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use kun_cni::plugin::{self, Outcome};
+use kun_cni_core::spec::{
+    Code, DEFAULT_KUN_CONFIG, Failure, Invocation, Version, parse_environment,
+};
+use kun_config::Config;
+
+/// One byte more than a network configuration may have: the parser refuses it by its length.
+const MAX_STDIN: u64 = (1 << 20) + 1;
+
+/// `kun.yaml` with every comment has a few kilobytes.
+const MAX_CONFIG: u64 = 1 << 20;
+
+const USAGE: &str = "usage: kun-cni [--check-config [--config PATH]] | --version | --help
+Without arguments it is a CNI plugin: a container runtime executes it with CNI_COMMAND set.";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if !arguments.is_empty() {
+        return match person(&arguments) {
+            Ok(text) => {
+                println!("{text}");
+                ExitCode::SUCCESS
+            }
+            Err(e) => {
+                eprintln!("{e:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let (text, code) = match invoked() {
+        Outcome::Success(Some(value)) => (value.to_string(), ExitCode::SUCCESS),
+        Outcome::Success(None) => return ExitCode::SUCCESS,
+        Outcome::Failure(value) => (value.to_string(), ExitCode::FAILURE),
+    };
+    // Nobody left to tell: the runtime sees the exit code.
+    if writeln!(std::io::stdout(), "{text}").is_err() {
+        return ExitCode::FAILURE;
+    }
+    code
+}
+
+/// As a plugin.
+fn invoked() -> Outcome {
+    let refuse = |failure: Failure| Outcome::Failure(failure.to_json(Version::CURRENT));
+    let variables: Vec<(String, String)> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    let invocation = match parse_environment(|name| {
+        variables
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, value)| value.as_str())
+    }) {
+        Ok(invocation) => invocation,
+        Err(e) => return refuse(e.into()),
+    };
+    let mut stdin = Vec::new();
+    if invocation != Invocation::Version
+        && let Err(e) = std::io::stdin().take(MAX_STDIN).read_to_end(&mut stdin)
+    {
+        return refuse(Failure::new(Code::Io, format!("stdin: {e}")));
+    }
+    plugin::run(&invocation, &stdin, |path| {
+        load(path).map_err(|e| format!("{e:#}"))
+    })
+}
+
+/// By hand.
+fn person(arguments: &[String]) -> anyhow::Result<String> {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let path = match arguments.as_slice() {
+        ["--version"] => return Ok(format!("kun-cni {}", env!("CARGO_PKG_VERSION"))),
+        ["--help" | "-h"] => return Ok(USAGE.to_owned()),
+        ["--check-config"] => PathBuf::from(DEFAULT_KUN_CONFIG),
+        ["--check-config", "--config", path] | ["--config", path, "--check-config"] => {
+            PathBuf::from(path)
+        }
+        other => bail!("{}: unknown\n{USAGE}", other.join(" ")),
+    };
+    load(&path)?;
+    Ok("ok".to_owned())
+}
+
+fn load(path: &Path) -> anyhow::Result<Config> {
+    let file =
+        std::fs::File::open(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+    let mut text = String::new();
+    file.take(MAX_CONFIG)
+        .read_to_string(&mut text)
+        .with_context(|| format!("{}: cannot be read", path.display()))?;
+    let host = match std::env::var("NODE_NAME") {
+        Ok(name) if !name.is_empty() => name,
+        Ok(_) | Err(_) => rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .to_lowercase(),
+    };
+    Ok(kun_config::parse_on(&path.to_string_lossy(), &text, &host)?)
+}

@@ -387,6 +387,19 @@ pub fn generation_in(text: &str, key: &Key) -> Option<u64> {
     (alias(key, generation) == text).then_some(generation)
 }
 
+/// The key in an ifalias of ours. `None` for one that was cut off: its interface goes with its container's DEL.
+pub fn key_in(text: &str) -> Option<Key> {
+    let (generation, parts) = text.strip_prefix("kun:")?.split_once(':')?;
+    let generation: u64 = generation.parse().ok()?;
+    let mut parts = parts.split('/');
+    let key = Key {
+        network: parts.next()?.to_owned(),
+        container_id: parts.next()?.to_owned(),
+        ifname: parts.next()?.to_owned(),
+    };
+    (text.len() < MAX_ALIAS && alias(&key, generation) == text).then_some(key)
+}
+
 fn host_ops(pair: &Pair) -> Vec<Op> {
     let side = Side::Host;
     let ifname = pair.host.clone();
@@ -688,6 +701,7 @@ mod tests {
     fn the_alias_tells_generation_and_owner_however_long() {
         let mut key = facts(true, Interfaces::Split).key;
         assert_eq!(generation_in(&alias(&key, 7), &key), Some(7));
+        assert_eq!(key_in(&alias(&key, 7)), Some(key.clone()));
         let other = Key {
             container_id: "c2".into(),
             ..key.clone()
@@ -701,6 +715,15 @@ mod tests {
             "uplink",
         ] {
             assert_eq!(generation_in(foreign, &key), None, "{foreign}");
+        }
+        for foreign in [
+            "",
+            "kun:",
+            "kun:7:kun/c1",
+            "kun:07:kun/c1/eth0",
+            "kun:7:kun/c1/eth0/x",
+        ] {
+            assert_eq!(key_in(foreign), None, "{foreign}");
         }
         key.container_id = "c".repeat(400);
         assert_eq!(alias(&key, 7).len(), MAX_ALIAS);

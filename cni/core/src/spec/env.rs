@@ -66,9 +66,6 @@ pub enum EnvError {
     /// A pair without `=`.
     #[error("CNI_ARGS: `{0}` is not KEY=VALUE; pairs are separated by `;`")]
     Args(String),
-    /// Not UTF-8.
-    #[error("{0} is not UTF-8")]
-    NotUnicode(&'static str),
 }
 
 /// Reads the environment; `get` gives a variable, `None` where unset.

@@ -1,0 +1,92 @@
+//! Whom the plugin asks for addresses: the agent where one answers, else the store itself.
+
+use std::time::Duration;
+
+use kun_cni_core::spec::{Code, Failure};
+use kun_config::Config;
+use kun_control::{Client, ClientError, Request, Response};
+
+use crate::clock::{self, ClockError};
+use crate::ipam::{IpamError, IpamService};
+use crate::spool::SpoolError;
+use crate::store::StoreError;
+
+/// How long a plugin alone waits for others that have the store: a hundred at once need a second or two.
+const STORE_WITHIN: Duration = Duration::from_secs(10);
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AllocatorError {
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] ClientError),
+    /// The store.
+    #[error(transparent)]
+    Ipam(#[from] IpamError),
+    /// The clock.
+    #[error(transparent)]
+    Clock(#[from] ClockError),
+}
+
+/// The agent, or this process alone on the agent's store.
+#[derive(Debug)]
+pub enum Allocator {
+    /// It answered.
+    Agent(Client),
+    /// Nobody listened; the store is open until this is dropped.
+    Alone(Box<IpamService>),
+}
+
+impl Allocator {
+    /// The agent; alone only if nobody listens at its socket. An agent that listens and fails is not gone round: it has the store.
+    pub fn open(config: &Config) -> Result<Self, AllocatorError> {
+        match Client::connect(&config.agent.socket) {
+            Ok(client) => Ok(Self::Agent(client)),
+            Err(ClientError::NoAgent { .. }) => {
+                let service = IpamService::open_within(
+                    &config.agent.state_dir,
+                    &config.ipam,
+                    clock::boot()?,
+                    clock::now(),
+                    STORE_WITHIN,
+                )?;
+                Ok(Self::Alone(Box::new(service)))
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// One request, one answer.
+    pub fn ask(&mut self, request: &Request) -> Result<Response, AllocatorError> {
+        match self {
+            Self::Agent(client) => Ok(client.ask(request)?),
+            Self::Alone(service) => Ok(service.handle(request, clock::now())),
+        }
+    }
+}
+
+impl From<AllocatorError> for Failure {
+    fn from(e: AllocatorError) -> Self {
+        let code = match &e {
+            AllocatorError::Agent(_) => Code::TryAgainLater,
+            AllocatorError::Ipam(IpamError::Store(StoreError::Damaged { .. })) => {
+                Code::StoreDamaged
+            }
+            AllocatorError::Ipam(
+                IpamError::Store(StoreError::Busy { .. }) | IpamError::Overloaded,
+            ) => Code::TryAgainLater,
+            AllocatorError::Ipam(
+                IpamError::Store(StoreError::Directory { .. } | StoreError::Io { .. })
+                | IpamError::TooManyBlocks { .. },
+            )
+            | AllocatorError::Clock(_) => Code::Io,
+        };
+        Failure::new(code, e)
+    }
+}
+
+impl From<SpoolError> for Failure {
+    fn from(e: SpoolError) -> Self {
+        Failure::new(Code::Io, e)
+    }
+}
