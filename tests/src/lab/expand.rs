@@ -49,6 +49,36 @@ impl PodPlan {
     }
 }
 
+/// A container may listen on ports that it does not declare: those that services name by number.
+pub fn listen_where_services_point(pods: &mut [PodPlan], services: &[ServicePlan]) {
+    for pod in pods {
+        for plan in services {
+            let service = &plan.service;
+            if service.spec.selector.is_empty()
+                || !pod.matches(&service.metadata.namespace, &service.spec.selector)
+            {
+                continue;
+            }
+            for port in &service.spec.ports {
+                let Some(number) = resolve(port, pod) else {
+                    continue;
+                };
+                if !pod
+                    .ports
+                    .iter()
+                    .any(|p| p.container_port == number && p.protocol == port.protocol)
+                {
+                    pod.ports.push(ContainerPort {
+                        name: None,
+                        container_port: number,
+                        protocol: port.protocol.clone(),
+                    });
+                }
+            }
+        }
+    }
+}
+
 /// A service with its addresses.
 #[derive(Debug, Clone)]
 pub struct ServicePlan {
@@ -433,6 +463,17 @@ spec: {clusterIP: None, selector: {app: db}, ports: [{port: 5432}]}
             (pods[4].name.as_str(), pods[4].hostname.as_deref()),
             ("db-0", Some("db-0"))
         );
+    }
+
+    #[test]
+    fn a_pod_listens_where_a_service_points() {
+        let mut text = APP.to_owned();
+        text.push_str("---\nkind: Service\nmetadata: {name: more}\nspec: {selector: {app: db}, ports: [{port: 1, targetPort: 99}]}\n");
+        let application = application(&text);
+        let mut pods = pods(&application, &mut Vec::new()).unwrap();
+        listen_where_services_point(&mut pods, &services(&application).unwrap());
+        let numbers: Vec<u16> = pods[4].ports.iter().map(|p| p.container_port).collect();
+        assert_eq!(numbers, [5432, 99]);
     }
 
     #[test]

@@ -99,8 +99,9 @@ impl Lab {
         application.workloads.extend(own.workloads);
         application.services.extend(own.services);
         let mut notes = std::mem::take(&mut application.notes);
-        let plans = expand::pods(&application, &mut notes)?;
+        let mut plans = expand::pods(&application, &mut notes)?;
         let services = expand::services(&application)?;
+        expand::listen_where_services_point(&mut plans, &services);
 
         let lock = down::Lock::take(&options.name)?;
         if down::stands(&options.name) {

@@ -11,6 +11,7 @@ use kun_harness::{Process, wait_for};
 use serde_json::Value;
 
 use super::names::{DNS_V4, MACHINES, TOR_ASN, TOR_INTERNET_V4, WEB_V4};
+use super::node::last_line;
 use super::topology::Topology;
 
 /// How long a daemon may take to answer.
@@ -35,6 +36,10 @@ impl Outside {
         let bird = start_bird(topology, &directory)?;
         let nginx = start_nginx(topology, &directory)?;
         let nsd = start_nsd(topology, &directory)?;
+        wait_for("BIRD answering on its socket", STARTS_WITHIN, || {
+            std::os::unix::net::UnixStream::connect(directory.join("bird.ctl")).ok()
+        })
+        .with_context(|| last_line(&directory.join("bird.out")))?;
         let web = (WEB_V4, 80);
         let dns = (DNS_V4, 53);
         for (what, address) in [("nginx", web), ("nsd", dns)] {
@@ -80,7 +85,7 @@ fn start_bird(topology: &Topology, directory: &Path) -> Result<Process> {
         // One session carries both families; the cluster's machines dial.
         write!(
             text,
-            "protocol bgp {} {{\n  local {} as {TOR_ASN};\n  neighbor {} as {};\n  passive on;\n  graceful restart on;\n  \
+            "protocol bgp to_{} {{\n  local {} as {TOR_ASN};\n  neighbor {} as {};\n  passive on;\n  graceful restart on;\n  \
              ipv4 {{ import all; export none; extended next hop on; }};\n  ipv6 {{ import all; export none; }};\n}}\n",
             machine.name.replace('-', "_"),
             machine.tor_v6(),
