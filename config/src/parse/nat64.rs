@@ -77,16 +77,18 @@ fn local_port_base(f: &Fields<'_, '_>, bits: u8) -> u16 {
         return default;
     };
     if base % size != 0 {
+        let (below, above) = (base / size * size, base / size * size + size);
+        let fits = |n: &u32| (SYSTEM_PORTS..=u32::from(default)).contains(n);
+        let near: Vec<String> = [below, above]
+            .iter()
+            .filter(|n| fits(n))
+            .map(u32::to_string)
+            .collect();
         c.fault(
             format_args!("{base} is not a multiple of {size} (2^portBlockBits)"),
-            format_args!(
-                "write {} or {}",
-                (base / size).max(1) * size,
-                (base / size + 1).min(65_536 / size - 1) * size
-            ),
+            format_args!("write {}", near.join(" or ")),
         );
-    }
-    if base + size > 65_536 {
+    } else if base + size > 65_536 {
         c.fault(
             format_args!("{size} ports from {base} reach past 65535"),
             format_args!("write {default} or less"),
@@ -128,7 +130,7 @@ fn gateway(
         Some(net)
     });
     if let Some(c) = g.get("pool")
-        && pool.is_empty()
+        && c.elements().next().is_none()
     {
         c.fault("an empty list", "a gateway needs at least one IPv4 address");
     }
@@ -148,7 +150,7 @@ fn gateway(
     } else {
         clients
     };
-    if let Some(c) = g.get("clients") {
+    if let Some(c) = g.get("clients").or_else(|| g.get("pool")) {
         check_capacity(&c, &pool, &clients, bits);
     }
     if pref64.iter().any(|p| p.prefix_len() != 96) {

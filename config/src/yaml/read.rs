@@ -262,7 +262,11 @@ impl<'p, 'a> Fields<'p, 'a> {
 
     /// A field; one without a value is absent.
     pub fn get(&self, name: &'static str) -> Option<Cursor<'_, 'a>> {
-        self.asked.borrow_mut().push(name);
+        let mut asked = self.asked.borrow_mut();
+        if !asked.contains(&name) {
+            asked.push(name);
+        }
+        drop(asked);
         let entry = self.entries.iter().find(|e| e.key == name)?;
         match entry.node.value {
             Value::Null => None,
