@@ -65,7 +65,10 @@ pub struct BlockId(u32);
 impl BlockId {
     /// The block that starts at `first`; `None` unless aligned.
     pub fn new(first: Slot) -> Option<Self> {
-        first.0.is_multiple_of(BLOCK_SLOTS).then_some(BlockId(first.0))
+        first
+            .0
+            .is_multiple_of(BLOCK_SLOTS)
+            .then_some(BlockId(first.0))
     }
 
     /// First slot.
