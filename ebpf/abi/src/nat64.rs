@@ -309,7 +309,7 @@ impl Mapping {
     }
 }
 
-/// The only entry of `nat64_settings`. One gateway has one Pref64: the way back into IPv6 is computed from the packet alone.
+/// An entry of `nat64_settings`. One gateway has one Pref64: the way back into IPv6 is computed from the packet alone.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Settings {
@@ -325,8 +325,6 @@ pub struct Settings {
     pub uplink: u32,
     /// Its MTU.
     pub mtu: u32,
-    /// Source of the ICMPv4 errors that the gateway makes itself, network order; 0: it has none and stays silent.
-    pub own_v4: u32,
 }
 
 /// Index into the `nat64_counters` per-CPU array.
@@ -360,7 +358,7 @@ const _: () = {
     assert!(size_of::<Range>() == 12);
     assert!(size_of::<Ranges>() == 104);
     assert!(size_of::<Mapping>() == 240);
-    assert!(size_of::<Settings>() == 280);
+    assert!(size_of::<Settings>() == 276);
 };
 
 #[cfg(test)]

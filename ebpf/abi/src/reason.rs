@@ -20,7 +20,11 @@ pub enum Reason {
     Nat64NoReverse = 6,
     /// A backend's record was recycled and no other was found.
     StaleBackend = 7,
+    /// NAT64: a later fragment whose first one was not seen here, or a fragment that has no translation.
+    Nat64Fragment = 8,
+    /// NAT64: too big for the other side; answered with "fragmentation needed" where the packet allows.
+    Nat64TooBig = 9,
 }
 
 /// How many reasons there are.
-pub const REASONS: u32 = 8;
+pub const REASONS: u32 = 10;

@@ -41,17 +41,15 @@ pub struct SessionKey {
     /// External port or identifier, as a number.
     pub port: u16,
     /// [`proto`] of the table.
-    pub proto: u8,
-    /// Zero.
-    pub pad: [u8; 3],
+    pub proto: u32,
 }
 
 /// Value of `nat64_sessions`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Session {
-    /// Nanoseconds at the last packet that refreshed it.
-    pub seen: u64,
+    /// Nanoseconds until which it lives: those of the last packet that refreshed it, and its state's timeout.
+    pub until: u64,
     /// [`State`] as a number.
     pub state: u32,
     /// Zero.
@@ -234,7 +232,7 @@ impl Session {
     /// Whether it has outlived its state's timeout.
     #[inline(always)]
     pub const fn expired(&self, now: u64) -> bool {
-        now.saturating_sub(self.seen) > State::from_stored(self.state).timeout()
+        now > self.until
     }
 }
 
