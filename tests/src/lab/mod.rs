@@ -335,6 +335,46 @@ impl Lab {
         node.start_agent(topology.machine(node.machine))
     }
 
+    /// `kill -9` of a pod's process; its EndpointSlices do not know yet.
+    pub fn kill_in_pod(&mut self, name: &str) -> Result<()> {
+        self.pod_mut(name)?.process = None;
+        Ok(())
+    }
+
+    /// Starts again what a pod runs, and waits until it answers.
+    pub fn restart_in_pod(&mut self, name: &str) -> Result<()> {
+        let index = self
+            .pods
+            .iter()
+            .position(|pod| pod.plan.name == name)
+            .with_context(|| format!("{name}: no such pod"))?;
+        let pod = &mut self.pods[index];
+        pod.start_process()?;
+        pod.wait_ready(self.topology.machine(pod.plan.node))
+    }
+
+    fn pod_mut(&mut self, name: &str) -> Result<&mut Pod> {
+        self.pods
+            .iter_mut()
+            .find(|pod| pod.plan.name == name)
+            .with_context(|| format!("{name}: no such pod"))
+    }
+
+    /// A pod.
+    pub fn pod(&self, name: &str) -> Result<&Pod> {
+        self.pods
+            .iter()
+            .find(|pod| pod.plan.name == name)
+            .with_context(|| format!("{name}: no such pod"))
+    }
+
+    /// Adds a pod to a lab that stands, as a controller would.
+    pub fn add_pod(&mut self, plan: PodPlan) -> Result<()> {
+        self.start_pod(self.pods.len(), plan)?;
+        let last = self.pods.last_mut().context("a pod was added")?;
+        last.wait_ready(self.topology.machine(last.plan.node))
+    }
+
     /// The lab's own client pods.
     pub fn clients(&self) -> impl Iterator<Item = &Pod> {
         self.pods

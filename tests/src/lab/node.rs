@@ -184,6 +184,18 @@ pub fn last_line(log: &Path) -> String {
     format!("{last} ({})", log.display())
 }
 
+/// CNI's error code 11: "try again later".
+const TRY_AGAIN: u64 = 11;
+
+/// A node has its blocks within a moment of its agent's start.
+const TRIES_AGAIN_FOR: Duration = Duration::from_secs(20);
+
+/// What a plugin answers.
+enum Answer {
+    Result(Value),
+    TryAgain(String),
+}
+
 /// One CNI attachment, as a runtime knows it.
 #[derive(Debug, Clone)]
 pub struct Attachment {
@@ -200,8 +212,29 @@ pub struct Attachment {
 }
 
 impl Node {
-    /// Executes `kun-cni` as a container runtime does: environment, standard input, standard output.
+    /// Executes `kun-cni` as a container runtime does, and tries again where it is told to, as the kubelet does.
     pub fn cni(&self, netns: &Netns, verb: &str, attachment: &Attachment) -> Result<Value> {
+        let mut why = String::new();
+        let result = wait_for("kun-cni", TRIES_AGAIN_FOR, || {
+            match self.cni_once(netns, verb, attachment) {
+                Ok(Answer::Result(result)) => Some(Ok(result)),
+                Ok(Answer::TryAgain(reason)) => {
+                    why = reason;
+                    None
+                }
+                Err(e) => Some(Err(e)),
+            }
+        });
+        result.with_context(|| {
+            format!(
+                "{verb} of {}/{}: {why}",
+                attachment.namespace, attachment.pod
+            )
+        })?
+    }
+
+    /// Once: environment, standard input, standard output.
+    fn cni_once(&self, netns: &Netns, verb: &str, attachment: &Attachment) -> Result<Answer> {
         let network = json!({
             "cniVersion": "1.1.0",
             "name": "kun",
@@ -238,6 +271,11 @@ impl Node {
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         if !output.status.success() {
             let error: Value = serde_json::from_str(&said).unwrap_or_default();
+            if error["code"] == TRY_AGAIN {
+                return Ok(Answer::TryAgain(
+                    error["details"].as_str().unwrap_or_default().to_owned(),
+                ));
+            }
             let word = |key: &str| {
                 error
                     .get(key)
@@ -255,10 +293,11 @@ impl Node {
             );
         }
         if said.trim().is_empty() {
-            return Ok(Value::Null);
+            return Ok(Answer::Result(Value::Null));
         }
-        serde_json::from_str(&said)
-            .with_context(|| format!("kun-cni {verb}: its result is not JSON"))
+        let result = serde_json::from_str(&said)
+            .with_context(|| format!("kun-cni {verb}: its result is not JSON"))?;
+        Ok(Answer::Result(result))
     }
 }
 
