@@ -23,8 +23,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         "--release",
         "--workspace",
         "--bins",
-        "--exclude",
-        "xtask",
     ]))?;
     let mut bench = Command::new(command::target().join("release/kun-bench"));
     bench
