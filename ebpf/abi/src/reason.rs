@@ -24,7 +24,47 @@ pub enum Reason {
     Nat64Fragment = 8,
     /// NAT64: too big for the other side; answered with "fragmentation needed" where the packet allows.
     Nat64TooBig = 9,
+    /// A fragment of a packet for a service: only the first one names the ports, so none is translated.
+    Fragment = 10,
+    /// The packet could not be rewritten: no memory, or a frontend and a backend of different families.
+    Rewrite = 11,
+}
+
+impl Reason {
+    /// All, in the order of their numbers.
+    pub const ALL: [Reason; REASONS as usize] = [
+        Reason::NoEndpoint,
+        Reason::FlowTableFull,
+        Reason::Malformed,
+        Reason::Nat64NoMapping,
+        Reason::Nat64HopLimit,
+        Reason::Nat64Untranslatable,
+        Reason::Nat64NoReverse,
+        Reason::StaleBackend,
+        Reason::Nat64Fragment,
+        Reason::Nat64TooBig,
+        Reason::Fragment,
+        Reason::Rewrite,
+    ];
+
+    /// The value of the metric's `reason` label.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Reason::NoEndpoint => "no_endpoint",
+            Reason::FlowTableFull => "flow_table_full",
+            Reason::Malformed => "malformed",
+            Reason::Nat64NoMapping => "nat64_no_mapping",
+            Reason::Nat64HopLimit => "nat64_hop_limit",
+            Reason::Nat64Untranslatable => "nat64_untranslatable",
+            Reason::Nat64NoReverse => "nat64_no_reverse",
+            Reason::StaleBackend => "stale_backend",
+            Reason::Nat64Fragment => "nat64_fragment",
+            Reason::Nat64TooBig => "nat64_too_big",
+            Reason::Fragment => "fragment",
+            Reason::Rewrite => "rewrite",
+        }
+    }
 }
 
 /// How many reasons there are.
-pub const REASONS: u32 = 10;
+pub const REASONS: u32 = 12;

@@ -8,8 +8,17 @@
 //! | `backends` | id → [`Backend`] | mmap array; one generation store kills every flow to it |
 //! | `flows` | [`FlowKey`] → [`FlowValue`] | hash; a stale generation is a miss |
 //! | `affinity` | [`AffinityKey`] → [`AffinityValue`] | LRU hash |
+//! | `peers` | socket cookie → [`PeerValue`] | LRU hash; a lost entry makes getpeername() show the backend |
+//! | `opted_out` | cgroup id → `u8` | hash; sockets of that cgroup and below keep the VIP |
+//!
+//! [`packet`] parses and rewrites, [`select`] chooses a backend, [`steer`] is what each hook decides. All three are generic over
+//! how a packet and a map are reached, so the kernel and the tests run the same code.
 
 use crate::{Addr, Port};
+
+pub mod packet;
+pub mod select;
+pub mod steer;
 
 /// Views of a service.
 pub const VIEWS: u32 = 4;
@@ -155,6 +164,8 @@ pub mod flow {
     pub const FORWARD: u8 = 0;
     /// Backend to client: the value's address is the frontend's.
     pub const REVERSE: u8 = 1;
+    /// Backend to itself as its client, whom it sees under the gateway's address: the value's address is the frontend's.
+    pub const HAIRPIN: u8 = 2;
 }
 
 /// Value of `flows`.
@@ -165,8 +176,10 @@ pub struct FlowValue {
     pub addr: Addr,
     /// Its port.
     pub port: Port,
+    /// 1: a FIN or RST was seen.
+    pub closing: u8,
     /// Zero.
-    pub pad: u16,
+    pub pad: u8,
     /// Backend id.
     pub backend: u32,
     /// Generation of the backend when the flow was made.
@@ -181,10 +194,11 @@ pub struct FlowValue {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct AffinityKey {
-    /// Client address.
+    /// Client address; at connect(), where the source is not yet chosen, the client's network namespace
+    /// ([`select::netns_client`]).
     pub client: Addr,
-    /// Service id.
-    pub service: u32,
+    /// Index into `views`: an endpoint that one view chose need not be in another.
+    pub view: u32,
 }
 
 /// Value of `affinity`.
@@ -199,6 +213,20 @@ pub struct AffinityValue {
     pub seen: u64,
 }
 
+/// Value of `peers`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerValue {
+    /// What the program asked for.
+    pub frontend: Addr,
+    /// What it is connected to: getpeername() of another address is not answered from here.
+    pub backend: Addr,
+    /// Port of the frontend.
+    pub frontend_port: Port,
+    /// Port of the backend.
+    pub backend_port: Port,
+}
+
 const _: () = {
     assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<ServiceValue>() == 12);
@@ -207,4 +235,5 @@ const _: () = {
     assert!(size_of::<FlowValue>() == 40);
     assert!(size_of::<AffinityKey>() == 20);
     assert!(size_of::<AffinityValue>() == 16);
+    assert!(size_of::<PeerValue>() == 36);
 };

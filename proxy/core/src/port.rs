@@ -48,8 +48,8 @@ impl Held {
 
     fn entry(&self) -> Entry {
         let mut bytes = [0; 18];
-        bytes[..16].copy_from_slice(&self.addr.0);
-        bytes[16..].copy_from_slice(&self.port.0);
+        bytes[..16].copy_from_slice(&self.addr.octets());
+        bytes[16..].copy_from_slice(&self.port.get().to_be_bytes());
         Entry {
             id: self.id,
             hash: stable_hash(&bytes),

@@ -46,7 +46,7 @@ impl Family {
 pub fn addr(address: IpAddr) -> Addr {
     match address {
         IpAddr::V4(a) => Addr::v4(a.octets()),
-        IpAddr::V6(a) => Addr(a.octets()),
+        IpAddr::V6(a) => Addr::v6(a.octets()),
     }
 }
 
@@ -54,7 +54,7 @@ pub fn addr(address: IpAddr) -> Addr {
 pub fn ip(address: Addr) -> IpAddr {
     match address.as_v4() {
         Some(a) => IpAddr::from(a),
-        None => IpAddr::from(address.0),
+        None => IpAddr::from(address.octets()),
     }
 }
 

@@ -12,7 +12,7 @@
 mod skb;
 mod tables;
 
-use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, __sk_buff};
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;

@@ -7,8 +7,8 @@ use aya_ebpf::bindings::{
     BPF_F_RECOMPUTE_CSUM, bpf_adj_room_mode::BPF_ADJ_ROOM_NET,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_change_tail,
-    bpf_skb_load_bytes, bpf_skb_store_bytes,
+    bpf_csum_diff, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_proto,
+    bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes,
 };
 use kun_ebpf_abi::translate::{Packet, sum};
 
@@ -127,13 +127,7 @@ impl Packet for Skb {
         }
         // SAFETY: the helper checks everything.
         unsafe {
-            bpf_l4_csum_replace(
-                self.0,
-                at + ETHERNET,
-                0,
-                u64::from(delta),
-                u64::from(flags),
-            ) == 0
+            bpf_l4_csum_replace(self.0, at + ETHERNET, 0, u64::from(delta), u64::from(flags)) == 0
         }
     }
 
