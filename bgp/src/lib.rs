@@ -3,8 +3,20 @@
 //! One task a peer owns the peer's sockets and its Adj-RIB-Out. No session is opened before the first [`Speaker::announce`], so that a
 //! restarted speaker never tells a peer less than the peer remembers.
 
+mod encode;
+mod frames;
+mod metrics;
+mod open;
+mod retry;
+mod session;
 mod speaker;
 mod status;
+mod sys;
+mod transport;
 
+pub use kun_bgp_core::{
+    Attributes, Community, Datapath, Delta, Hold, Inputs, MAX_ROUTES_PER_PEER, Refusal, Refused,
+    Route, RouteSet, RouteSource, plan,
+};
 pub use speaker::{Options, Speaker, StartError, StopMode};
 pub use status::SessionStatus;
