@@ -1,0 +1,171 @@
+//! The plugin as a runtime executes it, in real network namespaces.
+
+#![allow(missing_docs)]
+
+mod node;
+
+use std::process::Command;
+use std::time::Instant;
+
+use kun_harness::require_root;
+use node::{Node, Pod, address};
+
+/// One echo each way, at once: the very first packet must arrive.
+fn first_ping(from: &kun_harness::Netns, to: &str) {
+    let mut ping = Command::new("ping");
+    ping.args(["-n", "-c", "1", "-W", "2", to]);
+    let out = from.output(ping).unwrap();
+    assert!(
+        out.status.success(),
+        "{to}: {}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
+/// An address of the node that pods can reach.
+fn node_addresses(node: &Node) {
+    node.netns.exec("addr add 192.0.2.7/32 dev lo").unwrap();
+    node.netns
+        .exec("addr add 2001:db8::7/128 dev lo nodad")
+        .unwrap();
+}
+
+#[test]
+fn a_dual_pod_is_reached_both_ways_with_the_first_packet() {
+    if !require_root() {
+        return;
+    }
+    for interfaces in ["split", "shared"] {
+        let node = Node::new(interfaces);
+        node_addresses(&node);
+        let pod = Pod::new("c1", true);
+        let begin = Instant::now();
+        let result = node.add(&pod).unwrap();
+        let (v6, v4) = (
+            address(&result, true).unwrap(),
+            address(&result, false).unwrap(),
+        );
+        assert_eq!((v6.as_str(), v4.as_str()), ("fd00:64::a40:0", "10.64.0.0"));
+        first_ping(&node.netns, &v6);
+        first_ping(&node.netns, &v4);
+        first_ping(&pod.netns, "2001:db8::7");
+        first_ping(&pod.netns, "192.0.2.7");
+        // Duplicate address detection alone takes longer than all of this.
+        assert!(begin.elapsed().as_millis() < 1500, "{:?}", begin.elapsed());
+
+        node.check(&pod, &result).unwrap();
+        node.del(&pod).unwrap();
+        assert_eq!(node.leavings(), "");
+    }
+}
+
+#[test]
+fn pods_reach_each_other_and_a_v6_only_pod_has_no_ipv4() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    let (dual, single) = (Pod::new("c1", true), Pod::new("c2", false));
+    let dual_result = node.add(&dual).unwrap();
+    let single_result = node.add(&single).unwrap();
+    assert_eq!(address(&single_result, false), None);
+    let v6 = address(&single_result, true).unwrap();
+    assert_eq!(v6, "fd00:64::f000:40");
+    first_ping(&dual.netns, &v6);
+    first_ping(&single.netns, &address(&dual_result, true).unwrap());
+    let v4 = single.netns.exec("-4 addr show dev eth0").unwrap();
+    assert_eq!(v4, "");
+    let range = single
+        .netns
+        .run(|| std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap());
+    assert_eq!(range.trim_end(), "64512\t65535");
+}
+
+#[test]
+fn a_second_add_fails_and_the_first_pod_lives_on() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    node_addresses(&node);
+    let pod = Pod::new("c1", true);
+    let first = node.add(&pod).unwrap();
+    let error = node.add(&pod).unwrap_err();
+    assert!(
+        error["details"].as_str().unwrap().contains("eth0 already"),
+        "{error}"
+    );
+    node.check(&pod, &first).unwrap();
+    first_ping(&node.netns, &address(&first, true).unwrap());
+    assert_eq!(node.service().live(kun_cni::clock::now()).unwrap().len(), 1);
+}
+
+#[test]
+fn del_repeats_and_outlives_the_namespace() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    let pod = Pod::new("c1", true);
+    node.add(&pod).unwrap();
+    // The runtime removes the namespace first: its path is gone.
+    let network = pod.network(&node);
+    let vars = pod.variables("DEL", std::path::Path::new("/run/netns/gone"));
+    drop(pod.netns);
+    let vars: Vec<(&str, &str)> = vars.iter().map(|(n, v)| (*n, v.as_str())).collect();
+    for _ in 0..2 {
+        let out = node.execute(&vars, network.to_string().as_bytes());
+        assert_eq!(node::answer(&out), Ok(None));
+    }
+    assert_eq!(node.leavings(), "");
+    let counts = node
+        .service()
+        .counts(kun_config::types::SlotClass::Dual, kun_cni::clock::now())
+        .unwrap();
+    assert_eq!(counts, (0, 1, 63));
+}
+
+#[test]
+fn check_names_what_is_missing() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    let pod = Pod::new("c1", true);
+    let result = node.add(&pod).unwrap();
+    let host4 = result["interfaces"][3]["name"].as_str().unwrap().to_owned();
+    let breaks: [(&kun_harness::Netns, String, &str); 5] = [
+        (
+            &pod.netns,
+            "-4 route del default".into(),
+            "pod: route 0.0.0.0/0 via 169.254.1.1 on eth1",
+        ),
+        (
+            &pod.netns,
+            "addr del fd00:64::a40:0/128 dev eth0".into(),
+            "pod: address fd00:64::a40:0/128 on eth0",
+        ),
+        (
+            &node.netns,
+            format!("neigh del 10.64.0.0 dev {host4}"),
+            "node: neighbour 10.64.0.0",
+        ),
+        (
+            &node.netns,
+            "route del 10.64.0.0/32".into(),
+            "node: route 10.64.0.0/32 on",
+        ),
+        (&pod.netns, "link set eth1 down".into(), "pod: eth1 up"),
+    ];
+    for (netns, command, named) in breaks {
+        netns.exec(&command).unwrap();
+        let error = node.check(&pod, &result).unwrap_err();
+        assert_eq!(error["code"], 101, "{error}");
+        let details = error["details"].as_str().unwrap();
+        assert!(details.contains(named), "{command}: {details}");
+    }
+    node.del(&pod).unwrap();
+    let error = node.check(&pod, &result).unwrap_err();
+    assert_eq!(error["code"], 3, "{error}");
+}
