@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -21,6 +22,13 @@ fn root() -> PathBuf {
 fn programs() -> PathBuf {
     let lab = Path::new(env!("CARGO_BIN_EXE_kun-lab"));
     lab.parent().unwrap_or(Path::new(".")).to_owned()
+}
+
+/// One scenario at a time: a lab is some thirty processes, and its deadlines are for a machine that is not swamped.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Other programs than the lab's own are built by `cargo build`, which `cargo xtask test` did.
@@ -179,6 +187,7 @@ fn the_sample_holds_heals_and_vanishes() {
     if !can_run() {
         return;
     }
+    let _alone = alone();
     let options = options("heal", root().join("deploy/lab"));
     let mut lab = up(&options).unwrap();
     holds(&lab).unwrap();
@@ -327,6 +336,7 @@ fn two_labs_stand_side_by_side() {
     if !can_run() {
         return;
     }
+    let _alone = alone();
     let directory = tempfile::tempdir().unwrap();
     let pod = "kind: Pod\nmetadata: {name: one, labels: {app: one}}\nspec: {containers: [{name: c, ports: [{containerPort: 80}]}]}\n";
     std::fs::write(directory.path().join("pod.yaml"), pod).unwrap();

@@ -86,6 +86,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         })?;
         step(&mut count, "build", |_| lab::build())?;
     }
+    if arguments.only.as_deref() == Some("cluster") {
+        // The lab's scenarios run every program.
+        step(&mut count, "build", |_| lab::build())?;
+    }
     step(&mut count, "tests", |count| tests(packages, count))?;
     if whole || arguments.only.as_deref() == Some("ebpf") {
         step(&mut count, "ebpf toolchain", |_| ebpf::install_toolchain())?;
