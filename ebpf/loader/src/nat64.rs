@@ -12,7 +12,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray};
-use aya::programs::{SchedClassifier, TcAttachType};
+use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use kun_ebpf_abi::ABI_VERSION;
 use kun_ebpf_abi::nat64::bib::{
@@ -445,11 +445,56 @@ impl Nat64Dataplane {
         Ok(gone.len())
     }
 
-    /// The program, for test runs.
+    /// Runs the program on a frame (link header included) without sending anything: for tests and the bench. What came out,
+    /// the program's answer and how long it took.
     #[doc(hidden)]
-    pub fn program_fd(&mut self) -> Result<std::os::fd::BorrowedFd<'_>, Nat64Error> {
-        use std::os::fd::AsFd;
-        Ok(classifier(&mut self.program).fd()?.as_fd())
+    pub fn test_run(
+        &mut self,
+        frame: &[u8],
+    ) -> Result<(Vec<u8>, i32, std::time::Duration), Nat64Error> {
+        let mut out = vec![0; frame.len() + 256];
+        let result = classifier(&mut self.program).test_run(TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            ..TestRunOptions::new()
+        })?;
+        out.truncate(result.data_size_out as usize);
+        Ok((out, result.return_value as i32, result.duration))
+    }
+
+    /// Instructions that the verifier went through, where the kernel tells.
+    #[doc(hidden)]
+    pub fn verified_instructions(&mut self) -> Option<u32> {
+        classifier(&mut self.program)
+            .info()
+            .ok()?
+            .verified_instruction_count()
+    }
+
+    /// Adds a BIB entry, for tests.
+    #[doc(hidden)]
+    pub fn seed(&mut self, inner: Bib6, external: Bib4) -> Result<(), Nat64Error> {
+        let of = |map| move |source| Nat64Error::Map { map, source };
+        self.bib6
+            .insert(Plain(inner), Plain(external), 0)
+            .map_err(of("nat64_bib6"))?;
+        self.bib4
+            .insert(Plain(external), Plain(inner), 0)
+            .map_err(of("nat64_bib4"))
+    }
+
+    /// Removes all BIB entries but these, for tests.
+    #[doc(hidden)]
+    pub fn retain_bib(&mut self, keep: &[(Bib6, Bib4)]) -> Result<(), Nat64Error> {
+        let of = |map| move |source| Nat64Error::Map { map, source };
+        let all: Vec<_> = self.bib4.iter().flatten().collect();
+        for (external, inner) in all {
+            if !keep.contains(&(inner.0, external.0)) {
+                ignore_absent(self.bib6.remove(&inner)).map_err(of("nat64_bib6"))?;
+                ignore_absent(self.bib4.remove(&external)).map_err(of("nat64_bib4"))?;
+            }
+        }
+        Ok(())
     }
 
     /// Puts settings in force without an interface, for test runs.
