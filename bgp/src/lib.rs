@@ -14,6 +14,9 @@ mod status;
 mod sys;
 mod transport;
 
+/// Where [`Speaker::start`] registers its metrics.
+pub use prometheus_client::registry::Registry;
+
 pub use kun_bgp_core::{
     Attributes, Community, Datapath, Delta, Hold, Inputs, MAX_ROUTES_PER_PEER, Refusal, Refused,
     Route, RouteSet, RouteSource, plan,
