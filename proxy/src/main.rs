@@ -1,3 +1,42 @@
-//! The program: flags, configuration, and the shells joined.
+//! `kun-proxy`, the node agent: service proxy, node addresses, routes, BGP, and NAT64 on gateways, joined into one process.
 
-fn main() {}
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+mod agent;
+
+/// The node agent of kun.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Flags {
+    /// The configuration file.
+    #[arg(long, default_value = "/etc/kun/kun.yaml", env = "KUN_CONFIG")]
+    config: PathBuf,
+    /// Check the configuration, print its faults or `ok`, and exit.
+    #[arg(long)]
+    check_config: bool,
+    /// Remove this node's programs, maps, links and routes, and exit. Addresses given to pods stay in the state directory.
+    #[arg(long)]
+    cleanup: bool,
+}
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    if flags.check_config {
+        return kun_telemetry::check_config(&flags.config);
+    }
+    let done = if flags.cleanup {
+        agent::cleanup(&flags.config)
+    } else {
+        agent::run(&flags.config)
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kun-proxy: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -81,6 +81,13 @@ impl Planner {
         planner
     }
 
+    /// Starts over from what `observed` holds, with the cluster as it was told so far: the way back after an op that failed.
+    pub fn adopt_again(&mut self, observed: &Observed) {
+        let fresh = Planner::adopt(self.here.clone(), self.limits(), observed);
+        let old = std::mem::replace(self, fresh);
+        self.take_cluster(old);
+    }
+
     fn adopt_view(
         &mut self,
         id: u32,

@@ -300,16 +300,18 @@ impl Planner {
         }
     }
 
-    /// LoadBalancer addresses with an endpoint for new flows on this node: what this node may announce.
-    pub fn local_vips(&self) -> BTreeSet<IpAddr> {
-        self.ports
-            .iter()
-            .flatten()
-            .filter(|p| p.key.is_some() && p.views[ViewKind::Local as usize].view.count > 0)
-            .flat_map(|p| p.frontends.iter())
-            .filter(|f| f.scope == Scope::External)
-            .map(|f| ip(f.key.addr))
-            .collect()
+    /// LoadBalancer addresses, and whether this node has an endpoint for new flows to each: what it may announce.
+    pub fn vips(&self) -> BTreeMap<IpAddr, bool> {
+        let mut vips = BTreeMap::new();
+        for port in self.ports.iter().flatten().filter(|p| p.key.is_some()) {
+            let here = port.views[ViewKind::Local as usize].view.count > 0;
+            for frontend in &port.frontends {
+                if frontend.scope == Scope::External {
+                    *vips.entry(ip(frontend.key.addr)).or_insert(false) |= here;
+                }
+            }
+        }
+        vips
     }
 
     fn plan_service(&mut self, name: &ObjectName) -> Vec<Op> {
@@ -700,6 +702,20 @@ impl Planner {
             record,
         });
         self.retired.backends.push(held.id);
+    }
+
+    /// Sizes of the maps.
+    pub(crate) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Takes the cluster from another planner, and plans all of it.
+    pub(crate) fn take_cluster(&mut self, from: Planner) {
+        self.dirty.extend(from.services.keys().cloned());
+        self.services = from.services;
+        self.slices = from.slices;
+        self.slice_owner = from.slice_owner;
+        self.synced = from.synced;
     }
 
     pub(crate) fn limit_services(&self) -> u32 {

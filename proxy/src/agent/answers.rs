@@ -1,0 +1,313 @@
+//! What the socket answers: addresses from the store, attachments and reasons from the dataplane, the status from everybody.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use kun_cluster::{ObjectName, Protocol};
+use kun_cni::ipam::IpamService;
+use kun_cni::{clock, host_interface_names};
+use kun_config::Config;
+use kun_config::types::SlotClass;
+use kun_control::{Allocation, AttachmentKey, Fact, Request, Response, Status, WhyStep};
+use kun_proxy_core::{Question, Reason};
+
+use super::announce::Announcer;
+use super::cluster::{Blocks, View};
+use super::dataplane::{Message, Report, fact};
+
+/// How long the dataplane may take: it looks at its queue between the changes of a few Services, and a grace period takes 13 ms.
+const DATAPLANE_WITHIN: Duration = Duration::from_secs(10);
+
+/// Everything that answers.
+#[derive(Debug)]
+pub(crate) struct Answers {
+    pub(crate) config: Config,
+    pub(crate) started: Instant,
+    pub(crate) ipam: Arc<IpamService>,
+    pub(crate) view: Arc<View>,
+    pub(crate) blocks: Arc<Blocks>,
+    pub(crate) dataplane: SyncSender<Message>,
+    pub(crate) announcer: Option<Arc<Announcer>>,
+    pub(crate) kernel: Vec<Fact>,
+    pub(crate) programmed: Arc<AtomicBool>,
+}
+
+impl Answers {
+    /// Answers one request.
+    pub(crate) fn answer(&self, request: &Request) -> Response {
+        match request {
+            Request::Attached {
+                key,
+                host_interfaces,
+            } => self.attached(key, host_interfaces),
+            Request::Release { key, .. } => self.release(request, key),
+            Request::Status => Response::Status {
+                status: self.status(),
+            },
+            Request::Why {
+                protocol,
+                source,
+                destination,
+                port,
+            } => self.why(protocol, *source, *destination, *port),
+            Request::Allocate { .. } | Request::Lookup { .. } | Request::Ipam => {
+                self.ipam.handle(request, clock::now())
+            }
+        }
+    }
+
+    /// Whether the first synced plan is in the kernel.
+    pub(crate) fn programmed(&self) -> bool {
+        self.programmed.load(Ordering::Acquire)
+    }
+
+    /// Only interfaces that are the attachment's own by name are touched: the socket is no way to put programs elsewhere.
+    fn attached(&self, key: &AttachmentKey, interfaces: &[String]) -> Response {
+        let lookup = Request::Lookup { key: key.clone() };
+        let allocation = match self.ipam.handle(&lookup, clock::now()) {
+            Response::Allocation { allocation } => allocation,
+            Response::Unknown => {
+                return failed(format!(
+                    "{}/{} has no address here; ADD begins with `allocate`",
+                    key.container_id, key.ifname
+                ));
+            }
+            other => return other,
+        };
+        let own = self.names(&allocation);
+        if let Some(foreign) = interfaces.iter().find(|i| !own.contains(i)) {
+            return failed(format!(
+                "{foreign} is no interface of {}/{}: those are {}",
+                key.container_id,
+                key.ifname,
+                own.join(", ")
+            ));
+        }
+        let (done, wait) = sync_channel(1);
+        let message = Message::Attach {
+            interfaces: interfaces.to_vec(),
+            done,
+        };
+        if self.dataplane.send(message).is_err() {
+            return failed("the agent is stopping".into());
+        }
+        match wait.recv_timeout(DATAPLANE_WITHIN) {
+            Ok(Ok(())) => Response::Done,
+            Ok(Err(message)) => failed(message),
+            Err(_) => failed(format!("the dataplane did not answer in {DATAPLANE_WITHIN:?}")),
+        }
+    }
+
+    fn release(&self, request: &Request, key: &AttachmentKey) -> Response {
+        let response = self.ipam.handle(request, clock::now());
+        // A late DEL of an older generation leaves the newer attachment alone.
+        let lookup = Request::Lookup { key: key.clone() };
+        if response == Response::Done
+            && self.ipam.handle(&lookup, clock::now()) == Response::Unknown
+        {
+            let interfaces =
+                host_interface_names(key, SlotClass::Dual, self.config.ipam.interfaces);
+            // The agent may be stopping; the links go with the interfaces.
+            let _ = self.dataplane.send(Message::Detach { interfaces });
+        }
+        response
+    }
+
+    /// The host-side interfaces of an allocation.
+    pub(crate) fn names(&self, allocation: &Allocation) -> Vec<String> {
+        let class = allocation.slot.class();
+        host_interface_names(&allocation.key, class, self.config.ipam.interfaces)
+    }
+
+    fn why(
+        &self,
+        protocol: &str,
+        source: Option<IpAddr>,
+        destination: IpAddr,
+        port: u16,
+    ) -> Response {
+        let protocol = match protocol.to_ascii_lowercase().as_str() {
+            "tcp" => Protocol::Tcp,
+            "udp" => Protocol::Udp,
+            "sctp" => Protocol::Sctp,
+            other => return failed(format!("`{other}` is no protocol; say tcp, udp or sctp")),
+        };
+        let question = Question {
+            protocol,
+            source,
+            external: source.is_some_and(|s| !self.is_inside(s)),
+            destination,
+            port,
+        };
+        let (reply, wait) = sync_channel(1);
+        if self
+            .dataplane
+            .send(Message::Why { question, reply })
+            .is_err()
+        {
+            return failed("the agent is stopping".into());
+        }
+        match wait.recv_timeout(DATAPLANE_WITHIN) {
+            Ok(reasons) => {
+                let mut steps: Vec<WhyStep> = reasons.into_iter().map(|r| self.step(r)).collect();
+                steps.extend(self.address(destination));
+                Response::Why { steps }
+            }
+            Err(_) => failed(format!("the dataplane did not answer in {DATAPLANE_WITHIN:?}")),
+        }
+    }
+
+    /// Pods and nodes are inside; everybody else comes through the uplink.
+    fn is_inside(&self, address: IpAddr) -> bool {
+        let ipam = &self.config.ipam;
+        let pod = match address {
+            IpAddr::V4(a) => ipam.v4_pools.iter().any(|p| p.contains(&a)),
+            IpAddr::V6(a) => ipam.pod_prefix.slot(a).is_some(),
+        };
+        pod || self
+            .view
+            .store()
+            .nodes()
+            .any(|n| n.addresses.contains(&address))
+    }
+
+    /// The core knows Services and slices; the pod's own manifest is in the store.
+    fn step(&self, reason: Reason) -> WhyStep {
+        let source = reason.source.or_else(|| {
+            let (namespace, name) = reason.object.split_once('/')?;
+            let pod = (reason.what == "pod").then(|| ObjectName::new(namespace, name))?;
+            let store = self.view.store();
+            Some(store.pod(&pod)?.meta.origin.to_string())
+        });
+        WhyStep {
+            what: reason.what.to_owned(),
+            object: reason.object,
+            detail: reason.detail,
+            source,
+        }
+    }
+
+    /// What is known of the destination besides Services: a pod's slot on this node, or an IPv4 address behind the translator.
+    fn address(&self, destination: IpAddr) -> Vec<WhyStep> {
+        let mut steps = Vec::new();
+        let slot = match destination {
+            IpAddr::V6(a) => self.config.ipam.pod_prefix.slot(a),
+            IpAddr::V4(a) => Some(a.into()),
+        };
+        let live = self.ipam.live(clock::now()).unwrap_or_default();
+        if let Some(allocation) = live.into_iter().find(|a| Some(a.slot) == slot) {
+            steps.push(WhyStep {
+                what: "slot".into(),
+                object: allocation.slot.to_string(),
+                detail: format!(
+                    "generation {}, pod {}/{}, container {}, interfaces {}",
+                    allocation.generation,
+                    allocation.pod.namespace,
+                    allocation.pod.name,
+                    allocation.key.container_id,
+                    self.names(&allocation).join(", ")
+                ),
+                source: None,
+            });
+        }
+        if let IpAddr::V6(a) = destination
+            && let Some(pref64) = self.config.nat64.pref64.iter().find(|p| p.contains(&a))
+            && pref64.prefix_len() == 96
+        {
+            let embedded = std::net::Ipv4Addr::from(u128::from(a) as u32);
+            steps.push(WhyStep {
+                what: "route".into(),
+                object: pref64.to_string(),
+                detail: format!("Pref64: a NAT64 gateway makes this {embedded}"),
+                source: None,
+            });
+        }
+        steps
+    }
+
+    fn status(&self) -> Status {
+        let report = self.report();
+        Status {
+            node: self.config.node.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_secs: self.started.elapsed().as_secs(),
+            cluster: self.cluster_facts(),
+            proxy: report.proxy,
+            ipam: self.ipam_facts(),
+            nat64: report.nat64,
+            bgp: self
+                .announcer
+                .as_ref()
+                .map_or_else(Vec::new, |a| a.status()),
+            kernel: self.kernel.clone(),
+        }
+    }
+
+    fn report(&self) -> Report {
+        let (reply, wait) = sync_channel(1);
+        let silent = |what: &str| Report {
+            proxy: vec![fact("state", what.to_owned(), false)],
+            nat64: Vec::new(),
+        };
+        if self.dataplane.send(Message::Status { reply }).is_err() {
+            return silent("stopping");
+        }
+        wait.recv_timeout(DATAPLANE_WITHIN)
+            .unwrap_or_else(|_| silent("does not answer"))
+    }
+
+    fn cluster_facts(&self) -> Vec<Fact> {
+        let synced = self.view.synced();
+        let mut facts = vec![fact(
+            "synced",
+            if synced { "yes" } else { "no" }.to_owned(),
+            synced,
+        )];
+        if let Some(trouble) = self.view.trouble() {
+            facts.push(fact("trouble", trouble, false));
+        }
+        for (kind, count) in self.view.store().counts() {
+            facts.push(fact(&format!("{kind:?}"), count.to_string(), true));
+        }
+        facts
+    }
+
+    fn ipam_facts(&self) -> Vec<Fact> {
+        let now = clock::now();
+        let mut facts = Vec::new();
+        match self.ipam.blocks(now) {
+            Ok(blocks) => facts.push(fact(
+                "blocks",
+                blocks
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>()
+                    .join(", "),
+                !blocks.is_empty(),
+            )),
+            Err(e) => facts.push(fact("store", e.to_string(), false)),
+        }
+        for (name, class) in [("dual", SlotClass::Dual), ("v6-only", SlotClass::V6Only)] {
+            if let Ok((allocated, cooling, free)) = self.ipam.counts(class, now) {
+                facts.push(fact(
+                    name,
+                    format!("{allocated} allocated, {cooling} cooling, {free} free"),
+                    true,
+                ));
+            }
+        }
+        facts.extend(
+            self.blocks
+                .trouble()
+                .map(|what| fact("routes", what, false)),
+        );
+        facts
+    }
+}
+
+fn failed(message: String) -> Response {
+    Response::Failed { message }
+}

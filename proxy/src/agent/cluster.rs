@@ -1,0 +1,216 @@
+//! The cluster source: every event into the store, to the dataplane, and, where it is about blocks, to the addresses.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ipnet::IpNet;
+use kun_cluster::folder::{FolderError, FolderSource, Following};
+use kun_cluster::{Delta, Event, Kind, Store};
+use kun_cni::clock;
+use kun_cni::ipam::{IpamError, IpamService};
+use kun_config::types::{BlockId, SlotClass};
+use kun_config::{ClusterSource, Config};
+use tokio::sync::watch;
+
+use super::announce::Facts;
+use super::dataplane::Message;
+use super::routes::{self, RouteError};
+
+/// Why there is no cluster.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SourceError {
+    /// The folder.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// Not built yet.
+    #[error("cluster.kubernetes: this version reads manifests only; give cluster.folder")]
+    NoApi,
+}
+
+/// The cluster as the agent knows it.
+#[derive(Debug, Default)]
+pub(crate) struct View {
+    store: Mutex<Store>,
+    synced: AtomicBool,
+    trouble: Mutex<Option<String>>,
+}
+
+impl View {
+    /// The objects, for questions.
+    pub(crate) fn store(&self) -> MutexGuard<'_, Store> {
+        // Applying a delta does not panic half-way in a way that would matter to a reader.
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the first snapshot is complete.
+    pub(crate) fn synced(&self) -> bool {
+        self.synced.load(Ordering::Acquire)
+    }
+
+    /// What the source complained about last, until it reads something again.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.lock_trouble().clone()
+    }
+
+    fn lock_trouble(&self) -> MutexGuard<'_, Option<String>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Follows the configured source until the returned handle is dropped.
+pub(crate) fn follow(
+    config: &Config,
+    view: Arc<View>,
+    blocks: Arc<Blocks>,
+    dataplane: SyncSender<Message>,
+) -> Result<Following, SourceError> {
+    let ClusterSource::Folder(path) = &config.cluster else {
+        return Err(SourceError::NoApi);
+    };
+    let following = FolderSource::spawn(path, move |event| {
+        on_event(&event, &view, &blocks);
+        // Full: the dataplane is busy, and this source waits for it. Closed: the agent stops.
+        dataplane.send(Message::Cluster(event)).is_ok()
+    })?;
+    Ok(following)
+}
+
+fn on_event(event: &Event, view: &View, blocks: &Blocks) {
+    match event {
+        Event::Deltas(deltas) => {
+            let mut store = view.store();
+            for delta in deltas {
+                store.apply(delta.clone());
+            }
+            drop(store);
+            *view.lock_trouble() = None;
+            if view.synced() && deltas.iter().any(about_blocks) {
+                blocks.refresh(view);
+            }
+        }
+        Event::Synced => {
+            view.synced.store(true, Ordering::Release);
+            tracing::info!("the cluster is synced");
+            blocks.refresh(view);
+        }
+        Event::Trouble(what) => {
+            tracing::warn!("{what}; what was read before stays good");
+            *view.lock_trouble() = Some(what.clone());
+        }
+    }
+}
+
+fn about_blocks(delta: &Delta) -> bool {
+    match delta {
+        Delta::Upsert(object) => object.kind() == Kind::IpamBlock,
+        Delta::Remove(kind, _) => *kind == Kind::IpamBlock,
+    }
+}
+
+/// The blocks of this node: told to the address store, routed, announced.
+#[derive(Debug)]
+pub(crate) struct Blocks {
+    config: Config,
+    ipam: Arc<IpamService>,
+    facts: Arc<watch::Sender<Facts>>,
+    done: Mutex<Done>,
+}
+
+/// What stands.
+#[derive(Debug, Default)]
+struct Done {
+    owned: Option<BTreeSet<BlockId>>,
+    routed: Option<BTreeSet<BlockId>>,
+    failed: Option<String>,
+}
+
+/// Why blocks are not as they should be.
+#[derive(Debug, thiserror::Error)]
+enum BlocksError {
+    #[error("the address store: {0}")]
+    Ipam(#[from] IpamError),
+    #[error(transparent)]
+    Route(#[from] RouteError),
+}
+
+impl Blocks {
+    /// Nothing is done before the cluster is synced.
+    pub(crate) fn new(
+        config: Config,
+        ipam: Arc<IpamService>,
+        facts: Arc<watch::Sender<Facts>>,
+    ) -> Self {
+        Self {
+            config,
+            ipam,
+            facts,
+            done: Mutex::default(),
+        }
+    }
+
+    /// Brings store, routes and announcements to what the cluster says. Cheap when nothing changed; what failed is tried again by
+    /// the next call.
+    pub(crate) fn refresh(&self, view: &View) {
+        if !view.synced() {
+            return;
+        }
+        let owned: BTreeSet<BlockId> = view
+            .store()
+            .blocks_of(&self.config.node.name)
+            .map(|b| b.block)
+            .collect();
+        let mut done = self.lock();
+        let failed = self.bring(&mut done, owned).err().map(|e| e.to_string());
+        if let Some(what) = &failed
+            && done.failed != failed
+        {
+            tracing::error!("blocks: {what}; trying again");
+        }
+        done.failed = failed;
+    }
+
+    /// What does not stand, for status.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.lock().failed.clone()
+    }
+
+    fn bring(&self, done: &mut Done, owned: BTreeSet<BlockId>) -> Result<(), BlocksError> {
+        let now = clock::now();
+        if done.owned.as_ref() != Some(&owned) {
+            let list: Vec<BlockId> = owned.iter().copied().collect();
+            self.ipam.set_blocks(&list, now)?;
+            tracing::info!(blocks = list.len(), "blocks of this node");
+            done.owned = Some(owned.clone());
+        }
+        // A block that is taken away while pods still live in it stays routed until the last one is gone.
+        let mut routed = owned;
+        routed.extend(self.ipam.live(now)?.iter().map(|a| a.slot.block()));
+        if done.routed.as_ref() == Some(&routed) {
+            return Ok(());
+        }
+        routes::set(&self.nets(&routed))?;
+        let list = routed.iter().copied().collect();
+        self.facts.send_modify(|facts| facts.blocks = Some(list));
+        done.routed = Some(routed);
+        Ok(())
+    }
+
+    /// What has to end here: both halves of each block, and on a gateway the addresses that it translates to.
+    fn nets(&self, blocks: &BTreeSet<BlockId>) -> BTreeSet<IpNet> {
+        let prefix = self.config.ipam.pod_prefix;
+        let v6 = blocks.iter().map(|b| IpNet::V6(b.v6(prefix)));
+        let v4 = blocks
+            .iter()
+            .filter(|b| b.class() == SlotClass::Dual)
+            .map(|b| IpNet::V4(b.v4()));
+        let gateway = self.config.nat64.gateway.iter();
+        let pool = gateway.flat_map(|g| g.pool.iter()).map(|p| IpNet::V4(*p));
+        v6.chain(v4).chain(pool).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Done> {
+        self.done.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,493 @@
+//! The thread that owns the eBPF dataplane: cluster events in, ops out, programs attached, flows expired, questions answered.
+//!
+//! One owner, no lock. Between the changes of a few Services it looks at its queue, so that a pod's ADD never waits for a whole
+//! cold start.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use kun_bgp::Datapath;
+use kun_cluster::Event;
+use kun_config::Config;
+use kun_control::Fact;
+use kun_cni::clock;
+use kun_proxy::{EbpfBackend, Proxy};
+use kun_proxy_core::{Problem, Question, Reason};
+use tokio::sync::watch;
+
+use super::announce::Facts;
+use super::metrics::Metrics;
+use super::node;
+use super::translator::Translator;
+
+/// Messages that may wait. The cluster source then waits too; nothing is lost.
+pub(crate) const QUEUE: usize = 1024;
+
+/// Changed Services between two looks at the queue: well below a millisecond.
+const SERVICES_A_TURN: usize = 64;
+
+/// How often counters are read and interfaces looked after.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How often the flow table is swept: a fraction of any sensible idle time.
+const EXPIRE_EVERY: Duration = Duration::from_secs(15);
+
+/// After an op failed: the first wait, doubled up to the last.
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+const RETRY_LAST: Duration = Duration::from_secs(30);
+
+/// Problems that status names one by one.
+const PROBLEMS_NAMED: usize = 8;
+
+/// What the thread is asked to do.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// From the cluster source.
+    Cluster(Event),
+    /// A pod's host interfaces stand: link the programs, then answer.
+    Attach {
+        /// Their names.
+        interfaces: Vec<String>,
+        /// Where the answer goes.
+        done: SyncSender<Result<(), String>>,
+    },
+    /// A pod is gone.
+    Detach {
+        /// The names that its interfaces had.
+        interfaces: Vec<String>,
+    },
+    /// `kunctl why`.
+    Why {
+        /// What is asked.
+        question: Question,
+        /// Where the answer goes.
+        reply: SyncSender<Vec<Reason>>,
+    },
+    /// `kunctl status`.
+    Status {
+        /// Where the answer goes.
+        reply: SyncSender<Report>,
+    },
+    /// The agent stops; everything stays pinned.
+    Stop,
+}
+
+/// The dataplane's share of a status.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Report {
+    /// Service dataplane.
+    pub(crate) proxy: Vec<Fact>,
+    /// Translator.
+    pub(crate) nat64: Vec<Fact>,
+}
+
+/// The thread's state.
+pub(crate) struct Dataplane {
+    config: Config,
+    proxy: Proxy<EbpfBackend>,
+    translator: Option<Translator>,
+    metrics: Metrics,
+    facts: Arc<watch::Sender<Facts>>,
+    adopted: bool,
+    /// Interface name to the index that carries our programs: a name may come back as another interface.
+    pods: BTreeMap<String, u32>,
+    uplinks: BTreeMap<String, u32>,
+    complaints: BTreeMap<String, String>,
+    programmed: Arc<AtomicBool>,
+    batch: Option<Batch>,
+    synced_once: bool,
+    failing: Option<Failing>,
+    last_batch: Option<Duration>,
+}
+
+/// Work in progress.
+struct Batch {
+    since: Instant,
+    ops: usize,
+    withdrawals: usize,
+}
+
+/// Ops fail; try again later.
+struct Failing {
+    what: String,
+    wait: Duration,
+    again: Instant,
+}
+
+impl Dataplane {
+    /// Over an opened dataplane, with the cgroup attached.
+    pub(crate) fn new(
+        config: Config,
+        proxy: Proxy<EbpfBackend>,
+        translator: Option<Translator>,
+        metrics: Metrics,
+        facts: Arc<watch::Sender<Facts>>,
+        adopted: bool,
+    ) -> Self {
+        Self {
+            config,
+            proxy,
+            translator,
+            metrics,
+            facts,
+            adopted,
+            pods: BTreeMap::new(),
+            uplinks: BTreeMap::new(),
+            complaints: BTreeMap::new(),
+            programmed: Arc::default(),
+            batch: None,
+            synced_once: false,
+            failing: None,
+            last_batch: None,
+        }
+    }
+
+    /// Set once the first synced plan is in the kernel.
+    pub(crate) fn programmed(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.programmed)
+    }
+
+    /// Links the programs to a pod's host interface, unless it carries them already.
+    pub(crate) fn attach_pod(&mut self, interface: &str) -> Result<(), String> {
+        let Some(index) = node::interface_index(interface) else {
+            return Err(format!("{interface}: there is no such interface"));
+        };
+        if self.pods.get(interface) == Some(&index) {
+            return Ok(());
+        }
+        if self.pods.remove(interface).is_some() {
+            self.detach(interface);
+        }
+        self.backend()
+            .attach_pod(interface)
+            .map_err(|e| format!("{interface}: {e}"))?;
+        self.pods.insert(interface.to_owned(), index);
+        Ok(())
+    }
+
+    /// Links the programs to the uplinks that are there and do not carry them yet.
+    pub(crate) fn attach_uplinks(&mut self) {
+        for name in node::uplinks(self.config.node.uplink.as_deref()) {
+            let Some(index) = node::interface_index(&name) else {
+                continue;
+            };
+            if self.uplinks.get(&name) == Some(&index) {
+                continue;
+            }
+            if self.uplinks.remove(&name).is_some() {
+                self.detach(&name);
+            }
+            match self.attach_uplink(&name) {
+                Ok(()) => {
+                    tracing::info!(uplink = name, "attached");
+                    self.uplinks.insert(name.clone(), index);
+                    self.complaints.remove(&name);
+                }
+                // Tried again every second: said once.
+                Err(error) => {
+                    if self.complaints.get(&name) != Some(&error) {
+                        tracing::error!(uplink = name, "cannot attach: {error}; trying again");
+                    }
+                    self.complaints.insert(name, error);
+                }
+            }
+        }
+        self.publish_facts();
+    }
+
+    fn attach_uplink(&mut self, name: &str) -> Result<(), String> {
+        self.backend()
+            .attach_uplink(name)
+            .map_err(|e| e.to_string())?;
+        if let Some(translator) = &mut self.translator {
+            translator.attach(name).map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    }
+
+    fn detach(&mut self, interface: &str) {
+        if let Err(error) = self.backend().detach(interface) {
+            tracing::warn!(interface, %error, "cannot detach");
+        }
+    }
+
+    fn backend(&mut self) -> &mut EbpfBackend {
+        self.proxy.backend()
+    }
+
+    /// Runs until [`Message::Stop`] or until nobody is left to send one.
+    pub(crate) fn run(mut self, queue: &Receiver<Message>) {
+        let mut next_tick = Instant::now();
+        let mut next_expiry = Instant::now() + EXPIRE_EVERY;
+        loop {
+            let message = if self.busy() {
+                match queue.try_recv() {
+                    Ok(message) => Some(message),
+                    Err(TryRecvError::Empty) => None,
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            } else {
+                match queue.recv_timeout(self.patience(next_tick)) {
+                    Ok(message) => Some(message),
+                    Err(RecvTimeoutError::Timeout) => None,
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+            };
+            match message {
+                Some(Message::Stop) => return,
+                Some(message) => self.on_message(message),
+                None => {}
+            }
+            self.advance();
+            let now = Instant::now();
+            if now >= next_tick {
+                next_tick = now + TICK;
+                self.tick();
+            }
+            if now >= next_expiry && !self.busy() {
+                next_expiry = now + EXPIRE_EVERY;
+                self.expire();
+            }
+        }
+    }
+
+    fn busy(&self) -> bool {
+        self.batch.is_some() && self.failing.is_none()
+    }
+
+    fn patience(&self, next_tick: Instant) -> Duration {
+        let until = match &self.failing {
+            Some(failing) => failing.again.min(next_tick),
+            None => next_tick,
+        };
+        until.saturating_duration_since(Instant::now())
+    }
+
+    fn on_message(&mut self, message: Message) {
+        match message {
+            Message::Cluster(event) => {
+                self.proxy.on_event(&event);
+                if self.proxy.planner().synced() && self.batch.is_none() {
+                    self.batch = Some(Batch {
+                        since: Instant::now(),
+                        ops: 0,
+                        withdrawals: 0,
+                    });
+                }
+            }
+            Message::Attach { interfaces, done } => {
+                let attached = interfaces.iter().try_for_each(|i| self.attach_pod(i));
+                // Whoever asked may have given up.
+                let _ = done.send(attached);
+            }
+            Message::Detach { interfaces } => {
+                for interface in interfaces {
+                    self.pods.remove(&interface);
+                    self.detach(&interface);
+                }
+            }
+            Message::Why { question, reply } => {
+                let _ = reply.send(self.proxy.planner().why(&question));
+            }
+            Message::Status { reply } => {
+                let report = self.report();
+                let _ = reply.send(report);
+            }
+            Message::Stop => {}
+        }
+    }
+
+    fn advance(&mut self) {
+        if self.batch.is_none() {
+            return;
+        }
+        if let Some(failing) = &self.failing
+            && Instant::now() < failing.again
+        {
+            return;
+        }
+        match self.proxy.advance(SERVICES_A_TURN) {
+            Ok(progress) => {
+                if self.failing.take().is_some() {
+                    tracing::info!("the dataplane takes ops again");
+                }
+                if let Some(batch) = &mut self.batch {
+                    batch.ops += progress.ops;
+                    batch.withdrawals += progress.withdrawals;
+                }
+                if progress.done {
+                    self.finish_batch();
+                }
+            }
+            Err(error) => {
+                let wait = self
+                    .failing
+                    .as_ref()
+                    .map_or(RETRY_FIRST, |f| (f.wait * 2).min(RETRY_LAST));
+                tracing::error!(%error, ?wait, "an op failed; the maps will be read back and planned anew");
+                self.metrics.failures.inc();
+                self.failing = Some(Failing {
+                    what: error.to_string(),
+                    wait,
+                    again: Instant::now() + wait,
+                });
+            }
+        }
+    }
+
+    fn finish_batch(&mut self) {
+        let Some(batch) = self.batch.take() else {
+            return;
+        };
+        let took = batch.since.elapsed();
+        self.last_batch = Some(took);
+        self.metrics
+            .batch(took.as_secs_f64(), batch.ops, batch.withdrawals);
+        let totals = self.proxy.planner().totals();
+        self.metrics.totals(&totals);
+        self.programmed.store(true, Ordering::Release);
+        if !self.synced_once {
+            self.synced_once = true;
+            tracing::info!(?took, ops = batch.ops, frontends = totals.frontends, backends = totals.backends, "services programmed");
+        } else if batch.ops > 0 {
+            tracing::debug!(?took, ops = batch.ops, withdrawals = batch.withdrawals, "services changed");
+        }
+        for (service, problem) in self.proxy.planner().problems().take(PROBLEMS_NAMED) {
+            tracing::warn!(%service, "not served as written: {problem}");
+        }
+        self.publish_facts();
+    }
+
+    /// Tells the announcer, if anything changed for it.
+    fn publish_facts(&self) {
+        let vips = self.synced_once.then(|| self.proxy.planner().vips());
+        let ready = self.synced_once && !self.uplinks.is_empty();
+        let datapath = if ready {
+            Datapath::Ready
+        } else {
+            Datapath::Starting
+        };
+        let nat64 = self.translator.is_some() && !self.uplinks.is_empty();
+        self.facts.send_if_modified(|facts| {
+            let new = Facts {
+                blocks: facts.blocks.clone(),
+                vips: vips.clone(),
+                datapath,
+                nat64,
+            };
+            let changed = *facts != new;
+            *facts = new;
+            changed
+        });
+    }
+
+    fn tick(&mut self) {
+        self.attach_uplinks();
+        self.metrics.attached(self.pods.len() + self.uplinks.len());
+        match self.backend().reasons() {
+            Ok(reasons) => self.metrics.drops(&reasons),
+            Err(error) => tracing::warn!(%error, "drop counters cannot be read"),
+        }
+        if let Some(translator) = &self.translator {
+            for (name, value) in translator.counters() {
+                self.metrics.nat64(name, value);
+            }
+        }
+    }
+
+    fn expire(&mut self) {
+        let idle = self.config.proxy.udp_idle;
+        match self.backend().expire_flows(clock::now().0, idle) {
+            Ok(expired) => self.metrics.expired(&expired),
+            Err(error) => tracing::warn!(%error, "idle flows cannot be expired"),
+        }
+        if let Some(translator) = &mut self.translator
+            && let Err(error) = translator.expire()
+        {
+            tracing::warn!(%error, "idle sessions cannot be expired");
+        }
+    }
+
+    fn report(&mut self) -> Report {
+        let totals = self.proxy.planner().totals();
+        let limits = self.backend().limits();
+        let state = match (&self.failing, self.synced_once) {
+            (Some(failing), _) => fact("state", format!("failing: {}", failing.what), false),
+            (None, false) => fact("state", "waiting for the cluster".into(), false),
+            (None, true) => fact("state", "programmed".into(), true),
+        };
+        let part = |used: u32, of: u32| format!("{used} of {of}");
+        let mut proxy = vec![
+            state,
+            fact("adopted", yes(self.adopted).into(), true),
+            fact(
+                "frontends",
+                part(totals.frontends as u32, limits.services),
+                true,
+            ),
+            fact(
+                "backends",
+                part(totals.backends, limits.backends),
+                true,
+            ),
+            fact("slots", part(totals.slots, limits.slots), true),
+            fact(
+                "interfaces",
+                format!("{} of pods", self.pods.len()),
+                true,
+            ),
+            fact(
+                "uplinks",
+                if self.uplinks.is_empty() {
+                    "none: no default route yet".into()
+                } else {
+                    self.uplinks.keys().cloned().collect::<Vec<_>>().join(", ")
+                },
+                !self.uplinks.is_empty(),
+            ),
+        ];
+        if let Some(took) = self.last_batch {
+            proxy.push(fact("last sync", format!("{:.1} ms", took.as_secs_f64() * 1e3), true));
+        }
+        let problems: Vec<(String, Problem)> = self
+            .proxy
+            .planner()
+            .problems()
+            .take(PROBLEMS_NAMED)
+            .map(|(name, problem)| (name.to_string(), problem.clone()))
+            .collect();
+        for (name, problem) in problems {
+            proxy.push(fact(&format!("problem {name}"), problem.to_string(), false));
+        }
+        if let Ok(reasons) = self.backend().reasons() {
+            for (reason, count) in reasons.into_iter().filter(|(_, n)| *n > 0) {
+                proxy.push(fact(
+                    &format!("drops {}", reason.label()),
+                    count.to_string(),
+                    true,
+                ));
+            }
+        }
+        let nat64 = self
+            .translator
+            .as_ref()
+            .map_or_else(Vec::new, Translator::facts);
+        Report { proxy, nat64 }
+    }
+}
+
+/// One line of a status.
+pub(crate) fn fact(name: &str, value: String, ok: bool) -> Fact {
+    Fact {
+        name: name.to_owned(),
+        value,
+        ok,
+    }
+}
+
+fn yes(b: bool) -> &'static str {
+    if b { "yes" } else { "no" }
+}

@@ -1,0 +1,396 @@
+//! The node agent: the shells of a node joined into one process.
+//!
+//! ```text
+//! cluster source ─┬→ store (status, why)         socket ─┬→ IpamService (allocate, release, lookup)
+//!                 ├→ Blocks → IpamService, routes         ├→ dataplane thread (attach, detach, why)
+//!                 └→ dataplane thread → eBPF maps         └→ status from everybody
+//!                                    └→ Facts → announcer task → BGP speaker
+//! ```
+//!
+//! Everything in the kernel is pinned: the agent may die at any moment, and the next one adopts. It stops on SIGTERM and SIGINT,
+//! leaving the datapath as it is; only `--cleanup` takes it away.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kun_bgp::StartError;
+use kun_cni::clock::{self, ClockError};
+use kun_cni::ipam::{IpamError, IpamService};
+use kun_config::Config;
+use kun_config::types::SlotClass;
+use kun_ebpf_loader::{Error as EbpfError, Nat64Dataplane, Nat64Error};
+use kun_proxy::{EbpfBackend, Proxy};
+use kun_proxy_core::Here;
+use kun_control::Fact;
+use kun_telemetry::{Health, LoadError, LogsError, ServeError};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+mod announce;
+mod answers;
+mod cluster;
+mod dataplane;
+mod metrics;
+mod node;
+mod routes;
+mod server;
+mod translator;
+
+use announce::{Announcer, Facts};
+use answers::Answers;
+use cluster::{Blocks, SourceError, View};
+use dataplane::{Dataplane, Message, fact};
+use metrics::Metrics;
+use server::{Server, SocketError};
+use translator::Translator;
+
+/// How often slots are let go, blocks are tried again, and pods without programs are looked for.
+const HOUSEKEEPING: Duration = Duration::from_secs(5);
+
+/// Threads of the runtime: it carries the BGP sessions only.
+const RUNTIME_THREADS: usize = 2;
+
+/// How long the dataplane thread may take to end: it is between two ops at most.
+const STOP_WITHIN: Duration = Duration::from_secs(5);
+
+/// Why the agent does not run. One line each.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AgentError {
+    /// kun.yaml.
+    #[error(transparent)]
+    Config(#[from] LoadError),
+    /// Logs.
+    #[error(transparent)]
+    Logs(#[from] LogsError),
+    /// Not root.
+    #[error("it must run as root: it loads eBPF programs and sets routes")]
+    NotRoot,
+    /// The state directory.
+    #[error("agent.stateDir {}: {source}; it must be a directory that can be written", path.display())]
+    State {
+        /// Which.
+        path: PathBuf,
+        /// The system's word.
+        source: io::Error,
+    },
+    /// The socket.
+    #[error("agent.socket {0}")]
+    Socket(#[from] SocketError),
+    /// The metrics endpoint.
+    #[error("agent.metrics {0}")]
+    Metrics(#[from] ServeError),
+    /// The boot.
+    #[error(transparent)]
+    Clock(#[from] ClockError),
+    /// The address store.
+    #[error(transparent)]
+    Ipam(#[from] IpamError),
+    /// Forwarding.
+    #[error(transparent)]
+    Sysctl(#[from] node::SysctlError),
+    /// The eBPF dataplane.
+    #[error(transparent)]
+    Ebpf(#[from] EbpfError),
+    /// The translator.
+    #[error(transparent)]
+    Nat64(#[from] Nat64Error),
+    /// The speaker.
+    #[error(transparent)]
+    Bgp(#[from] StartError),
+    /// The speaker needs a number.
+    #[error("bgp.routerId: the node has no address towards a default route to take it from; give one")]
+    NoRouterId,
+    /// The cluster source.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Threads or signals.
+    #[error("the system refuses {what}: {source}")]
+    System {
+        /// What was asked.
+        what: &'static str,
+        /// Its word.
+        source: io::Error,
+    },
+    /// Routes.
+    #[error(transparent)]
+    Route(#[from] routes::RouteError),
+}
+
+fn prepare(path: &Path) -> Result<Config, AgentError> {
+    let config = kun_telemetry::load(path)?;
+    if !rustix::process::geteuid().is_root() {
+        return Err(AgentError::NotRoot);
+    }
+    kun_telemetry::init_logs(&config.agent)?;
+    for warning in &config.warnings.0 {
+        tracing::warn!("{warning}");
+    }
+    Ok(config)
+}
+
+/// Runs until SIGTERM or SIGINT.
+pub(crate) fn run(path: &Path) -> Result<(), AgentError> {
+    let started = Instant::now();
+    let config = prepare(path)?;
+    let server = Server::bind(&config.agent.socket)?;
+    let telemetry = kun_telemetry::Metrics::new("kun-proxy", env!("CARGO_PKG_VERSION"));
+    let metrics = telemetry.register(Metrics::new);
+    let health = Health::new();
+    let endpoint = config
+        .agent
+        .metrics
+        .map(|address| kun_telemetry::serve(address, telemetry.clone(), health.clone()))
+        .transpose()?;
+    fs::create_dir_all(&config.agent.state_dir).map_err(|source| AgentError::State {
+        path: config.agent.state_dir.clone(),
+        source,
+    })?;
+    let ipam = Arc::new(IpamService::open(
+        &config.agent.state_dir,
+        &config.ipam,
+        clock::boot()?,
+        clock::now(),
+    )?);
+    node::forward(&node::uplinks(config.node.uplink.as_deref()))?;
+
+    let (facts, facts_seen) = watch::channel(Facts::default());
+    let facts = Arc::new(facts);
+    let Opened {
+        dataplane,
+        adopted,
+        kernel,
+    } = open_dataplane(&config, metrics.clone(), Arc::clone(&facts))?;
+    let system = |what| move |source| AgentError::System { what, source };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(RUNTIME_THREADS)
+        .thread_name("kun-bgp")
+        .enable_all()
+        .build()
+        .map_err(system("threads"))?;
+    let announcer = start_bgp(&config, &runtime, adopted, &telemetry, facts_seen)?.map(Arc::new);
+
+    let view = Arc::new(View::default());
+    let blocks = Arc::new(Blocks::new(config.clone(), Arc::clone(&ipam), facts));
+    let (queue, messages) = sync_channel(dataplane::QUEUE);
+    let answers = Arc::new(Answers {
+        config: config.clone(),
+        started,
+        ipam,
+        view: Arc::clone(&view),
+        blocks: Arc::clone(&blocks),
+        dataplane: queue.clone(),
+        announcer: announcer.clone(),
+        kernel,
+        programmed: dataplane.programmed(),
+    });
+    let dataplane = reattach(dataplane, &answers)?;
+    let worker = std::thread::Builder::new()
+        .name("kun-dataplane".to_owned())
+        .spawn(move || dataplane.run(&messages))
+        .map_err(system("a thread"))?;
+    let following = cluster::follow(&config, Arc::clone(&view), blocks, queue.clone())?;
+    housekeeping(Arc::clone(&answers), metrics, health)?;
+    server.serve(move |request| answers.answer(request))?;
+    tracing::info!(node = config.node.name, adopted, took = ?started.elapsed(), "the agent runs");
+
+    runtime.block_on(until_stopped())?;
+    tracing::info!("stopping; the datapath goes on without me");
+    drop(server);
+    drop(following);
+    if let Some(announcer) = announcer {
+        runtime.block_on(announcer.stop());
+    }
+    stop(&queue, worker);
+    drop(endpoint);
+    Ok(())
+}
+
+/// The dataplane before its thread runs.
+struct Opened {
+    dataplane: Dataplane,
+    /// An earlier agent's maps were taken over.
+    adopted: bool,
+    /// What the kernel lacks.
+    kernel: Vec<Fact>,
+}
+
+fn open_dataplane(
+    config: &Config,
+    metrics: Metrics,
+    facts: Arc<watch::Sender<Facts>>,
+) -> Result<Opened, AgentError> {
+    let (mut backend, found) = EbpfBackend::open(config)?;
+    for kept in &found.capacities {
+        tracing::warn!(
+            map = kept.map,
+            "an adopted map keeps its {} entries; proxy wants {}: run --cleanup once to change it",
+            kept.has,
+            kept.wanted
+        );
+    }
+    let mut kernel = Vec::new();
+    for missing in backend.missing() {
+        tracing::warn!("{missing}");
+        let since = format!("missing (kernel {}): {}", missing.since, missing.cost);
+        kernel.push(fact(missing.feature, since, false));
+    }
+    if kernel.is_empty() {
+        kernel.push(fact("features", "all that is used".into(), true));
+    }
+    backend.attach_cgroup()?;
+    let here = Here {
+        node: config.node.name.as_str().into(),
+        zone: None,
+    };
+    let limits = backend.limits();
+    let (proxy, observed) = Proxy::adopt(here, limits, backend)?;
+    let adopted = found.maps > 0;
+    if adopted {
+        tracing::info!(
+            frontends = observed.services.len(),
+            backends = observed.backends.len(),
+            "adopted what an earlier agent left"
+        );
+    }
+    let translator = Translator::open(config)?;
+    Ok(Opened {
+        dataplane: Dataplane::new(config.clone(), proxy, translator, metrics, facts, adopted),
+        adopted,
+        kernel,
+    })
+}
+
+/// Puts the programs on the uplinks and on every live pod, also on those that came while no agent ran.
+fn reattach(mut dataplane: Dataplane, answers: &Answers) -> Result<Dataplane, AgentError> {
+    dataplane.attach_uplinks();
+    for allocation in answers.ipam.live(clock::now())? {
+        for interface in answers.names(&allocation) {
+            // An ADD between its two halves has no interfaces yet, and says so when it has.
+            if node::interface_index(&interface).is_none() {
+                continue;
+            }
+            if let Err(error) = dataplane.attach_pod(&interface) {
+                tracing::error!(%error, "a pod is without service programs");
+            }
+        }
+    }
+    Ok(dataplane)
+}
+
+fn start_bgp(
+    config: &Config,
+    runtime: &tokio::runtime::Runtime,
+    restarted: bool,
+    telemetry: &kun_telemetry::Metrics,
+    facts: watch::Receiver<Facts>,
+) -> Result<Option<Announcer>, AgentError> {
+    if !config.bgp.enabled {
+        return Ok(None);
+    }
+    let router_id = config
+        .bgp
+        .router_id
+        .or_else(node::router_id)
+        .ok_or(AgentError::NoRouterId)?;
+    let _inside = runtime.enter();
+    let announcer = telemetry
+        .register(|registry| Announcer::start(config, router_id, restarted, registry, facts))?;
+    Ok(Some(announcer))
+}
+
+/// A thread that wakes every few seconds for as long as the process lives.
+fn housekeeping(
+    answers: Arc<Answers>,
+    metrics: Metrics,
+    health: Health,
+) -> Result<(), AgentError> {
+    std::thread::Builder::new()
+        .name("kun-housekeeping".to_owned())
+        .spawn(move || {
+            loop {
+                keep_house(&answers, &metrics, &health);
+                let pause = if health.is_ready() {
+                    HOUSEKEEPING
+                } else {
+                    // Soon after start, so that readiness is told without delay.
+                    Duration::from_millis(200)
+                };
+                std::thread::sleep(pause);
+            }
+        })
+        .map_err(|source| AgentError::System {
+            what: "a thread",
+            source,
+        })?;
+    Ok(())
+}
+
+fn keep_house(answers: &Answers, metrics: &Metrics, health: &Health) {
+    let now = clock::now();
+    if let Err(error) = answers.ipam.tick(now) {
+        tracing::warn!(%error, "cooled slots cannot be let go");
+    }
+    answers.blocks.refresh(&answers.view);
+    for (name, class) in [("dual", SlotClass::Dual), ("v6-only", SlotClass::V6Only)] {
+        if let Ok(counts) = answers.ipam.counts(class, now) {
+            metrics.ipam(name, counts);
+        }
+    }
+    for (kind, count) in answers.view.store().counts() {
+        metrics.objects(&format!("{kind:?}"), count);
+    }
+    let synced = answers.view.synced();
+    metrics.synced(synced);
+    health.set_ready(synced && answers.programmed());
+}
+
+async fn until_stopped() -> Result<(), AgentError> {
+    let system = |source| AgentError::System {
+        what: "signals",
+        source,
+    };
+    let mut terminate = signal(SignalKind::terminate()).map_err(system)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(system)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// Ends the dataplane thread between two ops.
+fn stop(queue: &SyncSender<Message>, worker: JoinHandle<()>) {
+    let until = Instant::now() + STOP_WITHIN;
+    // A full queue: the thread is at work and will look; it is no reason to wait for ever.
+    while queue.try_send(Message::Stop).is_err() && Instant::now() < until {
+        if worker.is_finished() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    while !worker.is_finished() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    if worker.is_finished() {
+        // A panic has been reported by its own message.
+        let _ = worker.join();
+    }
+}
+
+/// Removes programs, links, maps and routes of this node's agent. The state directory stays: it says whose the addresses are.
+pub(crate) fn cleanup(path: &Path) -> Result<(), AgentError> {
+    let config = prepare(path)?;
+    // A running agent would make it all again.
+    let server = Server::bind(&config.agent.socket)?;
+    EbpfBackend::remove(&config)?;
+    Nat64Dataplane::remove(&config.agent.bpffs_root)?;
+    routes::set(&std::collections::BTreeSet::new())?;
+    drop(server);
+    tracing::info!("programs, maps, links and routes are gone; addresses stay in the state directory");
+    Ok(())
+}
