@@ -1,0 +1,260 @@
+//! The node agent as it runs: the real `kun-proxy` in a network namespace with its own cgroup, bpffs and manifest folder, pods
+//! attached by the real `kun-cni`, and clients whose connect() and packets it serves.
+
+mod rig;
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use kun_control::{Request, Response};
+use kun_harness::wait_until;
+use rig::{Inside, Node, Service, VIP4, VIP6};
+
+/// Everything here takes milliseconds; a busy machine takes its time.
+const SOON: Duration = Duration::from_secs(20);
+
+fn at(vip: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(vip.parse::<IpAddr>().unwrap(), port)
+}
+
+#[test]
+fn services_follow_their_endpoints() {
+    let Some(node) = Node::start("follow") else {
+        return;
+    };
+    let client = node.pod("client");
+    let (one, two) = (node.server("one"), node.server("two"));
+    node.publish(&Service::new(&[&one, &two]));
+    let inside = Inside::enter(&node);
+    for vip in [VIP4, VIP6] {
+        // TCP: both backends are seen, and the peer stays the service.
+        let seen = rig::names_over_tcp(&client.netns, at(vip, 80), 40);
+        assert_eq!(seen, ["one", "two"], "{vip} over TCP");
+        // UDP: the answer comes from the service's address, for every new flow.
+        let seen = rig::names_over_udp(&client.netns, at(vip, 53), 40);
+        assert_eq!(seen, ["one", "two"], "{vip} over UDP");
+    }
+
+    // A UDP flow whose backend goes moves on with its next packet.
+    let flows: Vec<UdpSocket> = [VIP4, VIP6]
+        .into_iter()
+        .map(|vip| rig::flow_to(&client.netns, at(vip, 53), "one"))
+        .collect();
+    node.publish(&Service::new(&[&two]));
+    for flow in &flows {
+        assert_eq!(rig::ask(flow).unwrap(), "two", "a flow to a dead backend");
+    }
+    for vip in [VIP4, VIP6] {
+        let seen = rig::names_over_tcp(&client.netns, at(vip, 80), 20);
+        assert_eq!(seen, ["two"], "{vip}");
+    }
+
+    // No endpoint: refused at once, not after a timeout.
+    node.publish(&Service::new(&[]));
+    for vip in [VIP4, VIP6] {
+        let error = rig::name_over_tcp(&client.netns, at(vip, 80)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{vip}: {error}");
+    }
+    drop(inside);
+}
+
+#[test]
+fn a_killed_agent_is_followed_without_a_gap() {
+    let Some(mut node) = Node::start("killed") else {
+        return;
+    };
+    let client = node.pod("client");
+    let (one, two) = (node.server("one"), node.server("two"));
+    node.publish(&Service::new(&[&one, &two]));
+    let inside = Inside::enter(&node);
+    let flow = rig::flow_to(&client.netns, at(VIP4, 53), "one");
+    let (stop, tried) = (AtomicBool::new(false), AtomicU32::new(0));
+    let failures = std::thread::scope(|scope| {
+        let connecting = scope.spawn(|| {
+            let mut failures = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                for vip in [VIP4, VIP6] {
+                    if let Err(error) = rig::name_over_tcp(&client.netns, at(vip, 80)) {
+                        failures.push(format!("{vip}: {error}"));
+                    }
+                }
+                tried.fetch_add(1, Ordering::Relaxed);
+            }
+            failures
+        });
+        // Ends the other thread also when an assertion here fails.
+        let stopped = rig::OnDrop(|| stop.store(true, Ordering::Relaxed));
+        let some_more = || {
+            let so_far = tried.load(Ordering::Relaxed);
+            assert!(
+                wait_until(SOON, || tried.load(Ordering::Relaxed) > so_far + 20),
+                "connects stand still"
+            );
+        };
+        some_more();
+        node.kill();
+        some_more();
+        assert_eq!(rig::ask(&flow).unwrap(), "one", "while no agent runs");
+        node.spawn();
+        some_more();
+        drop(stopped);
+        connecting.join().unwrap()
+    });
+    assert_eq!(failures, Vec::<String>::new());
+    assert_eq!(rig::ask(&flow).unwrap(), "one", "a flow of before the kill");
+    let Response::Status { status } = node.ask(&Request::Status) else {
+        panic!("no status");
+    };
+    assert!(
+        status
+            .proxy
+            .iter()
+            .any(|f| f.name == "adopted" && f.value == "yes"),
+        "{status:?}"
+    );
+    // And it is in charge: a change arrives.
+    node.publish(&Service::new(&[&two]));
+    assert_eq!(
+        rig::names_over_tcp(&client.netns, at(VIP6, 80), 20),
+        ["two"]
+    );
+    drop(inside);
+}
+
+#[test]
+fn what_went_while_no_agent_ran_is_forgotten_by_the_next() {
+    let Some(mut node) = Node::start("gone") else {
+        return;
+    };
+    let client = node.pod("client");
+    let one = node.server("one");
+    node.publish(&Service::new(&[&one]));
+    let inside = Inside::enter(&node);
+    assert_eq!(rig::names_over_tcp(&client.netns, at(VIP6, 80), 2), ["one"]);
+    node.kill();
+    node.withdraw();
+    // A pod that came meanwhile, by the plugin alone, has its programs once an agent is back.
+    let late = node.pod("late");
+    node.spawn();
+    assert!(
+        wait_until(SOON, || {
+            let Response::Why { steps } = node.why("tcp", VIP6, 80) else {
+                return false;
+            };
+            steps.iter().all(|s| s.what == "route")
+        }),
+        "the service is still there"
+    );
+    node.publish(&Service::new(&[&one]));
+    assert_eq!(rig::names_over_udp(&late.netns, at(VIP4, 53), 2), ["one"]);
+    drop(inside);
+}
+
+#[test]
+fn why_names_the_objects_that_decided() {
+    let Some(node) = Node::start("why") else {
+        return;
+    };
+    let one = node.server("one");
+    node.publish(&Service::new(&[&one]));
+    let Response::Why { steps } = node.why("tcp", VIP6, 80) else {
+        panic!("no reasons");
+    };
+    let find = |what: &str| {
+        steps
+            .iter()
+            .find(|s| s.what == what)
+            .unwrap_or_else(|| panic!("no {what} in {steps:?}"))
+    };
+    let service = find("service");
+    assert_eq!(service.object, "default/web:http");
+    assert!(
+        service
+            .source
+            .as_deref()
+            .is_some_and(|s| s.ends_with("web.yaml:1")),
+        "{service:?}"
+    );
+    assert!(find("view").detail.contains("all endpoints"), "{steps:?}");
+    assert_eq!(
+        find("backend").object,
+        SocketAddr::new(one.v6.into(), 8080).to_string()
+    );
+    assert!(find("endpoint").detail.contains("ready yes"), "{steps:?}");
+    assert_eq!(find("pod").object, "default/one");
+
+    let Response::Why { steps } = node.why("tcp", VIP6, 81) else {
+        panic!("no reasons");
+    };
+    assert!(steps[0].detail.contains("no port 81/tcp"), "{steps:?}");
+    let Response::Failed { message } = node.why("icmp", VIP6, 81) else {
+        panic!("icmp has ports now");
+    };
+    assert!(message.contains("icmp"));
+}
+
+#[test]
+fn blocks_are_routed_and_cleanup_leaves_nothing() {
+    let Some(mut node) = Node::start("cleanup") else {
+        return;
+    };
+    assert!(
+        wait_until(SOON, || node
+            .routes("-4")
+            .contains("unreachable 10.64.0.0/26 ")),
+        "{}",
+        node.routes("-4")
+    );
+    assert!(
+        node.routes("-6").contains("unreachable fd00:64::a40:0/122 "),
+        "{}",
+        node.routes("-6")
+    );
+    assert!(node.pins() > 0);
+    let refused = node.run_agent(&["--cleanup"]);
+    assert!(refused.contains("another agent answers there"), "{refused}");
+    node.terminate();
+    assert!(node.pins() > 0, "a clean stop leaves the datapath");
+    let said = node.run_agent(&["--cleanup"]);
+    assert_eq!(node.pins(), 0, "{said}");
+    assert!(!node.routes("-4").contains("unreachable"));
+    assert!(!node.routes("-6").contains("unreachable fd00:64"));
+}
+
+#[test]
+fn what_is_wrong_at_start_is_one_clear_line() {
+    let Some(mut node) = Node::start("wrong") else {
+        return;
+    };
+    let one_line = |said: &str, part: &str| {
+        let lines: Vec<&str> = said
+            .lines()
+            .filter(|l| l.starts_with("kun-proxy: "))
+            .collect();
+        assert_eq!(lines.len(), 1, "{said}");
+        assert!(lines[0].contains(part), "{said}");
+    };
+    one_line(&node.run_agent(&[]), "another agent answers there");
+    // The dead one's socket is still there, and no obstacle.
+    node.kill();
+    node.configure(|config| config["agent"]["bpffsRoot"] = "/tmp".into());
+    one_line(&node.run_agent(&[]), "bpffs");
+    node.configure(|config| config["cluster"]["folder"] = "/nowhere".into());
+    one_line(&node.run_agent(&[]), "/nowhere");
+    node.configure(|config| config["proxy"]["cgroupRoot"] = "/proc".into());
+    one_line(&node.run_agent(&[]), "/proc");
+    node.configure(|config| config["proxy"]["maxServices"] = "many".into());
+    let said = node.run_agent(&["--check-config"]);
+    assert!(said.contains("proxy.maxServices"), "{said}");
+    let held = node
+        .netns
+        .run(|| std::net::TcpListener::bind("[::1]:0"))
+        .unwrap();
+    let address = held.local_addr().unwrap().to_string();
+    node.configure(|config| config["agent"]["metrics"] = address.clone().into());
+    one_line(&node.run_agent(&[]), &address);
+    node.configure(|_| {});
+    node.spawn();
+}
