@@ -1,5 +1,6 @@
 //! The eBPF maps as a [`Backend`]: ops applied, everything read back for adoption; programs attached and flows expired besides.
 
+use std::path::Path;
 use std::time::Duration;
 
 use kun_config::Config;
@@ -7,6 +8,9 @@ use kun_ebpf_abi::reason::Reason;
 use kun_ebpf_abi::service::View;
 use kun_ebpf_loader::{Adopted, Error, Expired, Missing, ServiceConfig, ServiceDataplane};
 use kun_proxy_core::{Backend, Limits, Observed, Op, PLANNED_VIEWS};
+
+/// f_type of a bpffs (linux/magic.h).
+const BPF_FS_MAGIC: rustix::fs::FsWord = 0xcafe_4a11;
 
 /// The maps and programs of the service dataplane. Dropping it leaves them at work.
 #[derive(Debug)]
@@ -17,6 +21,7 @@ pub struct EbpfBackend {
 impl EbpfBackend {
     /// Loads the programs, or adopts what an earlier agent pinned.
     pub fn open(config: &Config) -> Result<(Self, Adopted), Error> {
+        make_directory(&config.agent.bpffs_root);
         let proxy = &config.proxy;
         let (dataplane, adopted) = ServiceDataplane::open(&ServiceConfig {
             bpffs_root: config.agent.bpffs_root.clone(),
@@ -82,6 +87,17 @@ impl EbpfBackend {
     }
 }
 
+/// Makes the directory of our pins, if that is on a bpffs. Elsewhere nothing is left behind, and the loader says what is wrong.
+fn make_directory(path: &Path) {
+    let exists = path.ancestors().find(|p| p.exists());
+    let on_bpffs = exists
+        .and_then(|p| rustix::fs::statfs(p).ok())
+        .is_some_and(|s| s.f_type == BPF_FS_MAGIC);
+    if on_bpffs && let Err(error) = std::fs::create_dir_all(path) {
+        tracing::warn!(path = %path.display(), %error, "cannot be made");
+    }
+}
+
 impl Backend for EbpfBackend {
     type Error = Error;
 
@@ -119,7 +135,9 @@ impl Backend for EbpfBackend {
                 let at = (service, kind as u32);
                 observed.views.insert(at, view);
                 if view.count > 0 {
-                    observed.slots.insert(at, maps.slots(view.base, view.count)?);
+                    observed
+                        .slots
+                        .insert(at, maps.slots(view.base, view.count)?);
                 }
             }
         }

@@ -208,7 +208,8 @@ fn blocks_are_routed_and_cleanup_leaves_nothing() {
         node.routes("-4")
     );
     assert!(
-        node.routes("-6").contains("unreachable fd00:64::a40:0/122 "),
+        node.routes("-6")
+            .contains("unreachable fd00:64::a40:0/122 "),
         "{}",
         node.routes("-6")
     );

@@ -68,7 +68,11 @@ impl Announcer {
     /// Every session. Called from a thread, not from a task.
     pub(crate) fn status(&self) -> Vec<BgpSession> {
         let (reply, answer) = oneshot::channel();
-        if self.questions.blocking_send(Question::Status(reply)).is_err() {
+        if self
+            .questions
+            .blocking_send(Question::Status(reply))
+            .is_err()
+        {
             return Vec::new();
         }
         answer.blocking_recv().unwrap_or_default()

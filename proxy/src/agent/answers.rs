@@ -97,7 +97,9 @@ impl Answers {
         match wait.recv_timeout(DATAPLANE_WITHIN) {
             Ok(Ok(())) => Response::Done,
             Ok(Err(message)) => failed(message),
-            Err(_) => failed(format!("the dataplane did not answer in {DATAPLANE_WITHIN:?}")),
+            Err(_) => failed(format!(
+                "the dataplane did not answer in {DATAPLANE_WITHIN:?}"
+            )),
         }
     }
 
@@ -156,7 +158,9 @@ impl Answers {
                 steps.extend(self.address(destination));
                 Response::Why { steps }
             }
-            Err(_) => failed(format!("the dataplane did not answer in {DATAPLANE_WITHIN:?}")),
+            Err(_) => failed(format!(
+                "the dataplane did not answer in {DATAPLANE_WITHIN:?}"
+            )),
         }
     }
 

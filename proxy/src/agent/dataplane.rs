@@ -4,16 +4,16 @@
 //! cold start.
 
 use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use kun_bgp::Datapath;
 use kun_cluster::Event;
+use kun_cni::clock;
 use kun_config::Config;
 use kun_control::Fact;
-use kun_cni::clock;
 use kun_proxy::{EbpfBackend, Proxy};
 use kun_proxy_core::{Problem, Question, Reason};
 use tokio::sync::watch;
@@ -351,9 +351,20 @@ impl Dataplane {
         self.programmed.store(true, Ordering::Release);
         if !self.synced_once {
             self.synced_once = true;
-            tracing::info!(?took, ops = batch.ops, frontends = totals.frontends, backends = totals.backends, "services programmed");
+            tracing::info!(
+                ?took,
+                ops = batch.ops,
+                frontends = totals.frontends,
+                backends = totals.backends,
+                "services programmed"
+            );
         } else if batch.ops > 0 {
-            tracing::debug!(?took, ops = batch.ops, withdrawals = batch.withdrawals, "services changed");
+            tracing::debug!(
+                ?took,
+                ops = batch.ops,
+                withdrawals = batch.withdrawals,
+                "services changed"
+            );
         }
         for (service, problem) in self.proxy.planner().problems().take(PROBLEMS_NAMED) {
             tracing::warn!(%service, "not served as written: {problem}");
@@ -428,17 +439,9 @@ impl Dataplane {
                 part(totals.frontends as u32, limits.services),
                 true,
             ),
-            fact(
-                "backends",
-                part(totals.backends, limits.backends),
-                true,
-            ),
+            fact("backends", part(totals.backends, limits.backends), true),
             fact("slots", part(totals.slots, limits.slots), true),
-            fact(
-                "interfaces",
-                format!("{} of pods", self.pods.len()),
-                true,
-            ),
+            fact("interfaces", format!("{} of pods", self.pods.len()), true),
             fact(
                 "uplinks",
                 if self.uplinks.is_empty() {
@@ -450,7 +453,11 @@ impl Dataplane {
             ),
         ];
         if let Some(took) = self.last_batch {
-            proxy.push(fact("last sync", format!("{:.1} ms", took.as_secs_f64() * 1e3), true));
+            proxy.push(fact(
+                "last sync",
+                format!("{:.1} ms", took.as_secs_f64() * 1e3),
+                true,
+            ));
         }
         let problems: Vec<(String, Problem)> = self
             .proxy

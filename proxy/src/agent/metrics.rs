@@ -136,11 +136,7 @@ impl Metrics {
             "Slots of this node's blocks, by class and state",
             m.slots_by_state,
         );
-        registry.register(
-            "kun_cluster_objects",
-            "Objects known, by kind",
-            m.objects,
-        );
+        registry.register("kun_cluster_objects", "Objects known, by kind", m.objects);
         registry.register(
             "kun_cluster_synced",
             "1 once the first snapshot of the cluster is complete",
@@ -178,7 +174,8 @@ impl Metrics {
     /// What a sweep of the flow table found.
     pub(crate) fn expired(&self, expired: &kun_ebpf_loader::Expired) {
         self.expired.inc_by(expired.removed);
-        self.flows.set(i64::try_from(expired.live).unwrap_or(i64::MAX));
+        self.flows
+            .set(i64::try_from(expired.live).unwrap_or(i64::MAX));
     }
 
     /// The kernel's drop counters, which only grow while their map is pinned.

@@ -23,10 +23,10 @@ use kun_cni::clock::{self, ClockError};
 use kun_cni::ipam::{IpamError, IpamService};
 use kun_config::Config;
 use kun_config::types::SlotClass;
-use kun_ebpf_loader::{Error as EbpfError, Nat64Dataplane, Nat64Error};
+use kun_control::Fact;
+use kun_ebpf_loader::{Error as EbpfError, Nat64Error};
 use kun_proxy::{EbpfBackend, Proxy};
 use kun_proxy_core::Here;
-use kun_control::Fact;
 use kun_telemetry::{Health, LoadError, LogsError, ServeError};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -103,7 +103,9 @@ pub(crate) enum AgentError {
     #[error(transparent)]
     Bgp(#[from] StartError),
     /// The speaker needs a number.
-    #[error("bgp.routerId: the node has no address towards a default route to take it from; give one")]
+    #[error(
+        "bgp.routerId: the node has no address towards a default route to take it from; give one"
+    )]
     NoRouterId,
     /// The cluster source.
     #[error(transparent)]
@@ -304,11 +306,7 @@ fn start_bgp(
 }
 
 /// A thread that wakes every few seconds for as long as the process lives.
-fn housekeeping(
-    answers: Arc<Answers>,
-    metrics: Metrics,
-    health: Health,
-) -> Result<(), AgentError> {
+fn housekeeping(answers: Arc<Answers>, metrics: Metrics, health: Health) -> Result<(), AgentError> {
     std::thread::Builder::new()
         .name("kun-housekeeping".to_owned())
         .spawn(move || {
@@ -388,9 +386,11 @@ pub(crate) fn cleanup(path: &Path) -> Result<(), AgentError> {
     // A running agent would make it all again.
     let server = Server::bind(&config.agent.socket)?;
     EbpfBackend::remove(&config)?;
-    Nat64Dataplane::remove(&config.agent.bpffs_root)?;
+    Translator::remove(&config, &node::uplinks(config.node.uplink.as_deref()))?;
     routes::set(&std::collections::BTreeSet::new())?;
     drop(server);
-    tracing::info!("programs, maps, links and routes are gone; addresses stay in the state directory");
+    tracing::info!(
+        "programs, maps, links and routes are gone; addresses stay in the state directory"
+    );
     Ok(())
 }

@@ -15,28 +15,29 @@ pub(crate) struct Translator {
 impl Translator {
     /// `None` on nodes without the role. Traffic of an earlier agent's program goes on until [`Translator::attach`].
     pub(crate) fn open(config: &Config) -> Result<Option<Self>, Nat64Error> {
-        let Some(gateway) = &config.nat64.gateway else {
+        let Some(settings) = settings(config) else {
             return Ok(None);
         };
-        // kun.yaml is refused with the role and without a /96.
-        let Some(pref64) = config.nat64.pref64.iter().find(|p| p.prefix_len() == 96) else {
-            return Ok(None);
-        };
-        let v4 = |nets: &[ipnet::Ipv4Net]| nets.iter().map(|n| (n.addr(), n.prefix_len())).collect();
-        let dataplane = Nat64Dataplane::open(&Nat64Config {
-            bpffs_root: config.agent.bpffs_root.clone(),
-            pod_prefix: config.ipam.pod_prefix.net().addr(),
-            pref64: (pref64.addr(), pref64.prefix_len()),
-            pool: v4(&gateway.pool),
-            clients: v4(&gateway.clients),
-            port_block_bits: config.nat64.port_block_bits,
-            local_port_base: config.nat64.local_port_base,
-            slice: gateway.slice,
-        })?;
+        let dataplane = Nat64Dataplane::open(&settings)?;
         for warning in dataplane.warnings() {
-            tracing::warn!("nat64: {warning}");
+            tracing::warn!("nat64: {warning:?}");
         }
         Ok(Some(Self { dataplane }))
+    }
+
+    /// Takes the program off `uplinks` and frees its maps.
+    pub(crate) fn remove(config: &Config, uplinks: &[String]) -> Result<(), Nat64Error> {
+        let Some(settings) = settings(config) else {
+            return Ok(());
+        };
+        let path = settings.directory();
+        if !path.exists() {
+            return Ok(());
+        }
+        let mut dataplane = Nat64Dataplane::open(&settings)?;
+        uplinks.iter().for_each(|u| dataplane.detach(u));
+        drop(dataplane);
+        std::fs::remove_dir_all(&path).map_err(|source| Nat64Error::Directory { path, source })
     }
 
     /// Puts the program on the uplink, and the settings in force.
@@ -71,7 +72,11 @@ impl Translator {
 
     /// Lines of the status.
     pub(crate) fn facts(&self) -> Vec<Fact> {
-        let adopted = if self.dataplane.adopted() { "yes" } else { "no" };
+        let adopted = if self.dataplane.adopted() {
+            "yes"
+        } else {
+            "no"
+        };
         let mut facts = vec![fact("adopted", adopted.to_owned(), true)];
         facts.extend(
             self.counters()
@@ -80,4 +85,21 @@ impl Translator {
         );
         facts
     }
+}
+
+fn settings(config: &Config) -> Option<Nat64Config> {
+    let gateway = config.nat64.gateway.as_ref()?;
+    // kun.yaml is refused with the role and without a /96.
+    let pref64 = config.nat64.pref64.iter().find(|p| p.prefix_len() == 96)?;
+    let v4 = |nets: &[ipnet::Ipv4Net]| nets.iter().map(|n| (n.addr(), n.prefix_len())).collect();
+    Some(Nat64Config {
+        bpffs_root: config.agent.bpffs_root.clone(),
+        pod_prefix: config.ipam.pod_prefix.net().addr(),
+        pref64: (pref64.addr(), pref64.prefix_len()),
+        pool: v4(&gateway.pool),
+        clients: v4(&gateway.clients),
+        port_block_bits: config.nat64.port_block_bits,
+        local_port_base: config.nat64.local_port_base,
+        slice: gateway.slice,
+    })
 }

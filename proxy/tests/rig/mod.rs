@@ -16,8 +16,8 @@ use kun_harness::{
 use serde_json::{Value, json};
 
 /// The service's addresses.
-pub const VIP4: &str = "10.96.0.10";
-pub const VIP6: &str = "fd00:96::10";
+pub(crate) const VIP4: &str = "10.96.0.10";
+pub(crate) const VIP6: &str = "fd00:96::10";
 
 /// Starting means loading eight programs on a busy machine.
 const STARTS_WITHIN: Duration = Duration::from_secs(60);
@@ -32,7 +32,7 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 static TURN: Mutex<()> = Mutex::new(());
 
 /// Runs its function when dropped.
-pub struct OnDrop<F: FnMut()>(pub F);
+pub(crate) struct OnDrop<F: FnMut()>(pub(crate) F);
 
 impl<F: FnMut()> Drop for OnDrop<F> {
     fn drop(&mut self) {
@@ -41,13 +41,13 @@ impl<F: FnMut()> Drop for OnDrop<F> {
 }
 
 /// The test's process inside the node's cgroup, where connect() is served.
-pub struct Inside {
+pub(crate) struct Inside {
     home: PathBuf,
     _turn: MutexGuard<'static, ()>,
 }
 
 impl Inside {
-    pub fn enter(node: &Node) -> Self {
+    pub(crate) fn enter(node: &Node) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let own = fs::read_to_string("/proc/self/cgroup").unwrap();
         let path = own.lines().find_map(|l| l.strip_prefix("0::")).unwrap();
@@ -67,37 +67,37 @@ impl Drop for Inside {
 
 /// A pod.
 #[derive(Debug)]
-pub struct Pod {
-    pub name: String,
-    pub netns: Netns,
-    pub v4: Ipv4Addr,
-    pub v6: Ipv6Addr,
+pub(crate) struct Pod {
+    pub(crate) name: String,
+    pub(crate) netns: Netns,
+    pub(crate) v4: Ipv4Addr,
+    pub(crate) v6: Ipv6Addr,
 }
 
 /// What the manifest says about the service `default/web`.
-pub struct Service<'a> {
+pub(crate) struct Service<'a> {
     endpoints: &'a [&'a Pod],
 }
 
 impl<'a> Service<'a> {
-    pub fn new(endpoints: &'a [&'a Pod]) -> Self {
+    pub(crate) fn new(endpoints: &'a [&'a Pod]) -> Self {
         Self { endpoints }
     }
 }
 
 /// The node. Fields drop in order: the agent before what it stands on.
-pub struct Node {
+pub(crate) struct Node {
     agent: Option<Process>,
-    pub netns: Netns,
+    pub(crate) netns: Netns,
     _fabric: Netns,
-    pub cgroup: Cgroup,
+    pub(crate) cgroup: Cgroup,
     bpffs: BpfFs,
     directory: tempfile::TempDir,
 }
 
 impl Node {
     /// `None`: skipped, and said so.
-    pub fn start(what: &str) -> Option<Self> {
+    pub(crate) fn start(what: &str) -> Option<Self> {
         if !require_root() || !require_tool("ip") {
             return None;
         }
@@ -152,7 +152,7 @@ impl Node {
     }
 
     /// Writes kun.yaml (JSON is YAML), changed by `change`.
-    pub fn configure(&self, change: impl FnOnce(&mut Value)) {
+    pub(crate) fn configure(&self, change: impl FnOnce(&mut Value)) {
         let mut config = json!({
             "node": {"name": "node-a"},
             "cluster": {"folder": self.path("cluster")},
@@ -183,7 +183,7 @@ impl Node {
     }
 
     /// Starts the agent and waits until it has programmed what the folder says.
-    pub fn spawn(&mut self) {
+    pub(crate) fn spawn(&mut self) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kun-proxy"));
         command.arg("--config").arg(self.path("kun.yaml"));
         let log = fs::File::create(self.path("log")).unwrap();
@@ -191,15 +191,23 @@ impl Node {
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .env_remove("RUST_LOG");
-        self.agent = Some(self.netns.spawn(command).unwrap());
-        let programmed = wait_until(STARTS_WITHIN, || match self.try_ask(&Request::Status) {
-            Some(Response::Status { status }) => status
-                .proxy
-                .iter()
-                .any(|f| f.name == "state" && f.value == "programmed"),
-            _ => false,
+        let mut agent = self.netns.spawn(command).unwrap();
+        let programmed = wait_for("the agent", STARTS_WITHIN, || {
+            if !agent.is_running() {
+                return Some(false);
+            }
+            let Some(Response::Status { status }) = self.try_ask(&Request::Status) else {
+                return None;
+            };
+            let programmed = |f: &kun_control::Fact| f.name == "state" && f.value == "programmed";
+            status.proxy.iter().any(programmed).then_some(true)
         });
-        assert!(programmed, "the agent does not come up: {}", self.log());
+        assert!(
+            matches!(programmed, Ok(true)),
+            "the agent does not come up: {}",
+            self.log()
+        );
+        self.agent = Some(agent);
     }
 
     fn log(&self) -> String {
@@ -207,12 +215,12 @@ impl Node {
     }
 
     /// `kill -9`.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.agent = None;
     }
 
     /// SIGTERM, and its end awaited.
-    pub fn terminate(&mut self) {
+    pub(crate) fn terminate(&mut self) {
         let mut agent = self.agent.take().expect("it runs");
         agent.signal(rustix::process::Signal::TERM).unwrap();
         let ended = wait_for("the agent's end", STARTS_WITHIN, || {
@@ -222,7 +230,7 @@ impl Node {
     }
 
     /// Runs the program to its end in the node's namespace; everything that it says.
-    pub fn run_agent(&self, arguments: &[&str]) -> String {
+    pub(crate) fn run_agent(&self, arguments: &[&str]) -> String {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kun-proxy"));
         command
             .arg("--config")
@@ -233,7 +241,7 @@ impl Node {
         String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
     }
 
-    pub fn ask(&self, request: &Request) -> Response {
+    pub(crate) fn ask(&self, request: &Request) -> Response {
         kun_control::ask(&self.path("agent.sock"), request)
             .unwrap_or_else(|e| panic!("{e}\n{}", self.log()))
     }
@@ -242,7 +250,7 @@ impl Node {
         kun_control::ask(&self.path("agent.sock"), request).ok()
     }
 
-    pub fn why(&self, protocol: &str, destination: &str, port: u16) -> Response {
+    pub(crate) fn why(&self, protocol: &str, destination: &str, port: u16) -> Response {
         self.ask(&Request::Why {
             protocol: protocol.into(),
             source: None,
@@ -252,12 +260,12 @@ impl Node {
     }
 
     /// `ip route` of a family.
-    pub fn routes(&self, family: &str) -> String {
+    pub(crate) fn routes(&self, family: &str) -> String {
         self.netns.exec(&format!("{family} route show")).unwrap()
     }
 
     /// Files pinned below the agent's directory.
-    pub fn pins(&self) -> usize {
+    pub(crate) fn pins(&self) -> usize {
         fn count(path: &Path) -> usize {
             let Ok(entries) = fs::read_dir(path) else {
                 return 0;
@@ -270,30 +278,33 @@ impl Node {
                 })
                 .sum()
         }
-        count(self.bpffs.path())
+        count(&self.bpffs.path().join("kun"))
     }
 
     /// Writes the service, and waits until the agent explains it with exactly these endpoints.
-    pub fn publish(&self, service: &Service<'_>) {
-        let mut documents = vec![
-            json!({"apiVersion": "v1", "kind": "Service",
-            "metadata": {"name": "web", "namespace": "default"},
-            "spec": {"clusterIPs": [VIP4, VIP6], "ports": [
-                {"name": "http", "port": 80, "protocol": "TCP"},
-                {"name": "dns", "port": 53, "protocol": "UDP"},
-            ]}}),
-        ];
+    pub(crate) fn publish(&self, service: &Service<'_>) {
+        let mut documents = vec![json!({"apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": "web", "namespace": "default"},
+        "spec": {"clusterIPs": [VIP4, VIP6], "ports": [
+            {"name": "http", "port": 80, "protocol": "TCP"},
+            {"name": "dns", "port": 53, "protocol": "UDP"},
+        ]}})];
         for v6 in [false, true] {
             let endpoints: Vec<Value> = service
                 .endpoints
                 .iter()
                 .map(|pod| {
-                    let address = if v6 { pod.v6.to_string() } else { pod.v4.to_string() };
+                    let address = if v6 {
+                        pod.v6.to_string()
+                    } else {
+                        pod.v4.to_string()
+                    };
                     json!({"addresses": [address], "nodeName": "node-a",
                         "targetRef": {"kind": "Pod", "namespace": "default", "name": pod.name}})
                 })
                 .collect();
-            documents.push(json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            documents.push(
+                json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
                 "metadata": {"name": if v6 { "web-6" } else { "web-4" }, "namespace": "default",
                     "labels": {"kubernetes.io/service-name": "web"}},
                 "addressType": if v6 { "IPv6" } else { "IPv4" },
@@ -301,28 +312,30 @@ impl Node {
                     {"name": "http", "port": 8080, "protocol": "TCP"},
                     {"name": "dns", "port": 5353, "protocol": "UDP"},
                 ],
-                "endpoints": endpoints}));
+                "endpoints": endpoints}),
+            );
         }
         self.manifest("web.yaml", &documents);
-        let wanted: Vec<(&str, &str, u16, BTreeSet<String>)> = [
-            ("tcp", 80, 8080),
-            ("udp", 53, 5353),
-        ]
-        .into_iter()
-        .flat_map(|(protocol, port, to)| {
-            let of = |v6: bool| -> BTreeSet<String> {
-                service
-                    .endpoints
-                    .iter()
-                    .map(|p| {
-                        let ip: IpAddr = if v6 { p.v6.into() } else { p.v4.into() };
-                        SocketAddr::new(ip, to).to_string()
-                    })
-                    .collect()
-            };
-            [(protocol, VIP4, port, of(false)), (protocol, VIP6, port, of(true))]
-        })
-        .collect();
+        let wanted: Vec<(&str, &str, u16, BTreeSet<String>)> =
+            [("tcp", 80, 8080), ("udp", 53, 5353)]
+                .into_iter()
+                .flat_map(|(protocol, port, to)| {
+                    let of = |v6: bool| -> BTreeSet<String> {
+                        service
+                            .endpoints
+                            .iter()
+                            .map(|p| {
+                                let ip: IpAddr = if v6 { p.v6.into() } else { p.v4.into() };
+                                SocketAddr::new(ip, to).to_string()
+                            })
+                            .collect()
+                    };
+                    [
+                        (protocol, VIP4, port, of(false)),
+                        (protocol, VIP6, port, of(true)),
+                    ]
+                })
+                .collect();
         let seen = wait_until(SEEN_WITHIN, || {
             wanted.iter().all(|(protocol, vip, port, endpoints)| {
                 let Response::Why { steps } = self.why(protocol, vip, *port) else {
@@ -340,12 +353,12 @@ impl Node {
     }
 
     /// Removes the service's manifest; does not wait.
-    pub fn withdraw(&self) {
+    pub(crate) fn withdraw(&self) {
         fs::remove_file(self.path("cluster").join("web.yaml")).unwrap();
     }
 
     /// A pod, attached by executing the plugin as a container runtime does.
-    pub fn pod(&self, name: &str) -> Pod {
+    pub(crate) fn pod(&self, name: &str) -> Pod {
         let netns = Netns::new(&format!("p-{name}")).unwrap();
         netns.exec("link set lo up").unwrap();
         let network = json!({
@@ -358,7 +371,10 @@ impl Node {
             .env("CNI_CONTAINERID", format!("container-{name}"))
             .env("CNI_NETNS", netns.path())
             .env("CNI_IFNAME", "eth0")
-            .env("CNI_ARGS", format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={name}"))
+            .env(
+                "CNI_ARGS",
+                format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={name}"),
+            )
             .env("CNI_PATH", "/opt/cni/bin")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -402,29 +418,38 @@ impl Node {
     }
 
     /// A pod that answers its name on TCP 8080 and UDP 5353, in both families.
-    pub fn server(&self, name: &str) -> Pod {
+    pub(crate) fn server(&self, name: &str) -> Pod {
         let pod = self.pod(name);
-        for any in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
-            let (tcp, udp) = pod.netns.run(|| -> io::Result<(TcpListener, UdpSocket)> {
-                let only_v6 = |domain| -> io::Result<socket2::Socket> {
-                    let socket = socket2::Socket::new(
-                        if any.is_ipv4() { socket2::Domain::IPV4 } else { socket2::Domain::IPV6 },
-                        domain,
-                        None,
-                    )?;
-                    if any.is_ipv6() {
-                        socket.set_only_v6(true)?;
-                    }
-                    Ok(socket)
-                };
-                let tcp = only_v6(socket2::Type::STREAM)?;
-                tcp.bind(&SocketAddr::new(any, 8080).into())?;
-                tcp.listen(128)?;
-                let udp = only_v6(socket2::Type::DGRAM)?;
-                udp.bind(&SocketAddr::new(any, 5353).into())?;
-                Ok((tcp.into(), udp.into()))
-            })
-            .unwrap();
+        for any in [
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Ipv6Addr::UNSPECIFIED.into(),
+        ] {
+            let (tcp, udp) = pod
+                .netns
+                .run(|| -> io::Result<(TcpListener, UdpSocket)> {
+                    let only_v6 = |domain| -> io::Result<socket2::Socket> {
+                        let socket = socket2::Socket::new(
+                            if any.is_ipv4() {
+                                socket2::Domain::IPV4
+                            } else {
+                                socket2::Domain::IPV6
+                            },
+                            domain,
+                            None,
+                        )?;
+                        if any.is_ipv6() {
+                            socket.set_only_v6(true)?;
+                        }
+                        Ok(socket)
+                    };
+                    let tcp = only_v6(socket2::Type::STREAM)?;
+                    tcp.bind(&SocketAddr::new(any, 8080).into())?;
+                    tcp.listen(128)?;
+                    let udp = only_v6(socket2::Type::DGRAM)?;
+                    udp.bind(&SocketAddr::new(any, 5353).into())?;
+                    Ok((tcp.into(), udp.into()))
+                })
+                .unwrap();
             // The threads end with the test's process; their sockets hold the namespace no longer than that.
             let (answer_tcp, answer_udp) = (name.to_owned(), name.to_owned());
             std::thread::spawn(move || {
@@ -462,7 +487,7 @@ fn plugin() -> PathBuf {
 }
 
 /// Connects from a pod; who answered. The peer must be whom the client asked for.
-pub fn name_over_tcp(from: &Netns, to: SocketAddr) -> io::Result<String> {
+pub(crate) fn name_over_tcp(from: &Netns, to: SocketAddr) -> io::Result<String> {
     let mut stream = from.run(|| TcpStream::connect_timeout(&to, ANSWERS_WITHIN))?;
     stream.set_read_timeout(Some(ANSWERS_WITHIN))?;
     let peer = stream.peer_addr()?;
@@ -478,7 +503,7 @@ pub fn name_over_tcp(from: &Netns, to: SocketAddr) -> io::Result<String> {
 }
 
 /// Who answers `count` connections: each once, in order of their names.
-pub fn names_over_tcp(from: &Netns, to: SocketAddr, count: usize) -> Vec<String> {
+pub(crate) fn names_over_tcp(from: &Netns, to: SocketAddr, count: usize) -> Vec<String> {
     let names: BTreeSet<String> = (0..count)
         .map(|_| name_over_tcp(from, to).unwrap_or_else(|e| panic!("{to}: {e}")))
         .collect();
@@ -500,7 +525,7 @@ fn flow(from: &Netns, to: SocketAddr) -> io::Result<UdpSocket> {
 }
 
 /// One datagram and its answer.
-pub fn ask(flow: &UdpSocket) -> io::Result<String> {
+pub(crate) fn ask(flow: &UdpSocket) -> io::Result<String> {
     flow.send(b"who?")?;
     let mut buffer = [0; 64];
     let length = flow.recv(&mut buffer)?;
@@ -508,7 +533,7 @@ pub fn ask(flow: &UdpSocket) -> io::Result<String> {
 }
 
 /// Who answers `count` flows.
-pub fn names_over_udp(from: &Netns, to: SocketAddr, count: usize) -> Vec<String> {
+pub(crate) fn names_over_udp(from: &Netns, to: SocketAddr, count: usize) -> Vec<String> {
     let names: BTreeSet<String> = (0..count)
         .map(|_| {
             flow(from, to)
@@ -520,7 +545,7 @@ pub fn names_over_udp(from: &Netns, to: SocketAddr, count: usize) -> Vec<String>
 }
 
 /// A flow that goes to the server of this name: new ones are made until one does.
-pub fn flow_to(from: &Netns, to: SocketAddr, name: &str) -> UdpSocket {
+pub(crate) fn flow_to(from: &Netns, to: SocketAddr, name: &str) -> UdpSocket {
     wait_for("a flow to the wanted backend", SEEN_WITHIN, || {
         let flow = flow(from, to).ok()?;
         (ask(&flow).ok()? == name).then_some(flow)
