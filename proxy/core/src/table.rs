@@ -73,7 +73,7 @@ pub fn weighted(weights: &[u16]) -> Vec<usize> {
         .iter()
         .copied()
         .filter(|w| *w > 0)
-        .fold(0, |a, b| gcd(a, b));
+        .fold(0, gcd);
     if gcd == 0 {
         return Vec::new();
     }
