@@ -69,11 +69,7 @@ pub fn build(method: Method, entries: &[Entry]) -> Vec<u32> {
 /// Spreads weights over a compact table: backend i stands `weights[i] / gcd` times, as far apart as the table allows.
 /// Positions into `weights`, in slot order; a weight of 0 gets none.
 pub fn weighted(weights: &[u16]) -> Vec<usize> {
-    let gcd = weights
-        .iter()
-        .copied()
-        .filter(|w| *w > 0)
-        .fold(0, gcd);
+    let gcd = weights.iter().copied().filter(|w| *w > 0).fold(0, gcd);
     if gcd == 0 {
         return Vec::new();
     }
