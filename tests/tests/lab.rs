@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use kun_harness::{cgroup2_mount, netns_names, require_root, require_tool, wait_for};
+use kun_harness::{Process, cgroup2_mount, netns_names, require_root, require_tool, wait_for};
 use kun_tests::lab::client::{Ask, Client, Told};
 use kun_tests::lab::names::{CLUSTER_DNS_V4, CLUSTER_DNS_V6, LabName};
 use kun_tests::lab::{Lab, Options, probes};
@@ -328,6 +328,42 @@ fn a_broken_manifest_is_one_clear_line_and_leaves_nothing() {
         assert!(errors.contains(word), "{errors}");
     }
     assert_eq!(traces(&name), Vec::<String>::new());
+}
+
+/// `kill -9` of the lab itself in the midst of it, then `down`.
+#[test]
+fn down_removes_what_a_crash_left() {
+    if !can_run() {
+        return;
+    }
+    let _alone = alone();
+    let options = options("crash", root().join("deploy/lab"));
+    let mut lab = Command::new(env!("CARGO_BIN_EXE_kun-lab"));
+    lab.args(["--name", options.name.as_str(), "--manifests"])
+        .arg(&options.manifests);
+    let mut lab = Process::spawn(lab.stdout(Stdio::null()).stderr(Stdio::null())).unwrap();
+    let first_pod = options.name.netns("pod-0");
+    wait_for(
+        "the first pod's namespace",
+        Duration::from_secs(120),
+        || {
+            assert!(lab.is_running(), "the lab ended by itself");
+            netns_names().any(|netns| netns == first_pod).then_some(())
+        },
+    )
+    .unwrap();
+    drop(lab);
+    assert_ne!(
+        traces(&options.name),
+        Vec::<String>::new(),
+        "nothing was left, so nothing was shown"
+    );
+    let down = Command::new(env!("CARGO_BIN_EXE_kun-lab"))
+        .args(["down", "--name", options.name.as_str()])
+        .status()
+        .unwrap();
+    assert!(down.success());
+    assert_eq!(traces(&options.name), Vec::<String>::new());
 }
 
 /// Two labs on one machine, both whole; taking one down leaves the other.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
+use comfy_table::{CellAlignment, Table, presets::UTF8_BORDERS_ONLY};
 use kun_tests::bench::{Context, PARTS, Row};
 
 /// Measures kun on this machine.
@@ -64,7 +64,7 @@ fn measure(arguments: &Arguments) -> Result<bool> {
 
 fn table(rows: &[Row]) -> Table {
     let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY);
+    table.load_style(UTF8_BORDERS_ONLY);
     table.set_header([
         "figure", "value", "unit", "budget", "holds", "peer", "peer's",
     ]);

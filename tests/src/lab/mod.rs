@@ -413,8 +413,10 @@ impl Lab {
             ));
         }
         for pod in self.clients() {
+            // The proxy serves whoever is in the pod's cgroup.
             text.push_str(&format!(
-                "  nsenter --net={}    # pod {}\n",
+                "  sh -c 'echo $$ > {}/cgroup.procs; exec nsenter --net={} sh'    # in pod {}\n",
+                pod.cgroup.path().display(),
                 pod.netns.path().display(),
                 pod.object()
             ));

@@ -119,7 +119,7 @@ fn run(parts: Vec<(Client, Vec<Probe<'_>>)>, settled_by: Instant) -> Vec<Line> {
             });
         lines[at].count(outcome);
     }
-    lines.sort_by_key(|line| order(&line.what));
+    lines.sort_by_key(|line| (order(&line.what), line.what.clone()));
     lines
 }
 

@@ -1,6 +1,6 @@
 //! What the probes found, as a table for people and as JSON.
 
-use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
+use comfy_table::{CellAlignment, Table, presets::UTF8_BORDERS_ONLY};
 use serde::Serialize;
 
 /// One line of the table: a number of probes of one kind.
@@ -70,7 +70,7 @@ impl Report {
     /// For people.
     pub fn table(&self) -> String {
         let mut table = Table::new();
-        table.load_style(UTF8_HORIZONTAL_ONLY);
+        table.load_style(UTF8_BORDERS_ONLY);
         table.set_header(["", "what", "family", "probes", "seen"]);
         for line in &self.lines {
             let mark = if line.holds() { "✔" } else { "✘" };
