@@ -1,3 +1,5 @@
 //! Black-box suites that drive any subject from outside, and the ledgers of requirements.
 
 #![forbid(unsafe_code)]
+
+pub mod cni;

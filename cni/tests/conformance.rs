@@ -1,0 +1,48 @@
+//! The black-box CNI suite, which Debian's plugins pass too, against kun-cni.
+
+#![allow(missing_docs)]
+
+mod node;
+
+use std::path::PathBuf;
+
+use kun_conformance::cni::{self, PodNetns, Subject};
+use kun_harness::{Netns, require_root};
+use node::Node;
+use serde_json::json;
+
+struct Pod(Netns);
+
+impl PodNetns for Pod {
+    fn path(&self) -> PathBuf {
+        self.0.path()
+    }
+}
+
+#[test]
+fn every_case_holds_in_both_layouts() {
+    if !require_root() {
+        return;
+    }
+    for interfaces in ["split", "shared"] {
+        let node = Node::new(interfaces);
+        let mut network = node.network();
+        network["runtimeConfig"] = json!({
+            "io.kubernetes.cri.pod-annotations": {"kun.network/ipv4": "true"}
+        });
+        let verdicts = cni::run(&Subject {
+            program: env!("CARGO_BIN_EXE_kun-cni").into(),
+            path: "/opt/cni/bin".into(),
+            network,
+            pod: &|| Ok(Box::new(Pod(Netns::new("cni-pod")?))),
+            on_node: &|command, stdin| node.netns.run(|| cni::feed(command, stdin)),
+        });
+        assert_eq!(verdicts.len(), cni::CASES.len());
+        for verdict in verdicts {
+            if let Err(e) = verdict.result {
+                panic!("{interfaces}: {}: {e:#}", verdict.name);
+            }
+        }
+        assert_eq!(node.leavings(), "", "{interfaces}");
+    }
+}

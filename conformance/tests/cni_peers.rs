@@ -1,0 +1,92 @@
+//! The CNI suite against Debian's plugins: what it asks for is what established plugins do, and where they differ is listed.
+
+#![allow(missing_docs)]
+
+use std::path::{Path, PathBuf};
+
+use kun_conformance::cni::{self, PodNetns, Subject};
+use kun_harness::{Netns, require_root, skip};
+use serde_json::{Value, json};
+
+const DEBIAN: &str = "/usr/lib/cni";
+
+/// Debian's plugins are of 1.0.0, and Go's skeleton leaves the version out of errors.
+const DEVIATIONS: [&str; 4] = [
+    "an_error_tells_its_version",
+    "add_passes_the_previous_result_through",
+    "status_succeeds_when_ready",
+    "gc_keeps_the_valid_and_frees_the_rest",
+];
+
+struct Pod(Netns);
+
+impl PodNetns for Pod {
+    fn path(&self) -> PathBuf {
+        self.0.path()
+    }
+}
+
+/// Cases that fail, as `name: why` lines.
+fn failures(plugin: &str, network: &dyn Fn(&Path) -> Value) -> Option<Vec<&'static str>> {
+    if !require_root() {
+        return None;
+    }
+    let program = Path::new(DEBIAN).join(plugin);
+    if !program.is_file() {
+        skip("containernetworking-plugins is not installed; `cargo xtask setup` brings it");
+        return None;
+    }
+    let node = Netns::new("cni-peer").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let verdicts = cni::run(&Subject {
+        program,
+        path: DEBIAN.into(),
+        network: network(dir.path()),
+        pod: &|| Ok(Box::new(Pod(Netns::new("cni-pod")?))),
+        on_node: &|command, stdin| node.run(|| cni::feed(command, stdin)),
+    });
+    Some(
+        verdicts
+            .into_iter()
+            .filter_map(|verdict| {
+                let error = verdict.result.err()?;
+                println!("{plugin}: {}: {error:#}", verdict.name);
+                Some(verdict.name)
+            })
+            .collect(),
+    )
+}
+
+fn host_local(dir: &Path) -> Value {
+    json!({
+        "type": "host-local",
+        "dataDir": dir,
+        "ranges": [[{"subnet": "10.99.0.0/24"}], [{"subnet": "fd00:99::/120"}]],
+    })
+}
+
+#[test]
+fn bridge_with_host_local() {
+    let network = |dir: &Path| {
+        json!({
+            "name": "peer",
+            "type": "bridge",
+            "bridge": "peer0",
+            "isGateway": true,
+            "ipam": host_local(dir),
+        })
+    };
+    let Some(failures) = failures("bridge", &network) else {
+        return;
+    };
+    assert_eq!(failures, DEVIATIONS);
+}
+
+#[test]
+fn ptp_with_host_local() {
+    let network = |dir: &Path| json!({"name": "peer", "type": "ptp", "ipam": host_local(dir)});
+    let Some(failures) = failures("ptp", &network) else {
+        return;
+    };
+    assert_eq!(failures, DEVIATIONS);
+}
