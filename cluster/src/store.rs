@@ -17,7 +17,8 @@ pub struct Store {
     slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
     nodes: BTreeMap<ObjectName, Arc<Node>>,
     pods: BTreeMap<ObjectName, Arc<Pod>>,
-    pod_at: HashMap<IpAddr, ObjectName>,
+    /// Holders of an address, the latest last: while one pod ends and the next begins there may be two.
+    pods_at: HashMap<IpAddr, Vec<ObjectName>>,
     namespaces: BTreeMap<ObjectName, Arc<Namespace>>,
     pools: BTreeMap<ObjectName, Arc<IpPool>>,
     blocks: BTreeMap<ObjectName, Arc<IpamBlock>>,
@@ -62,8 +63,9 @@ impl Store {
                     self.unlink_pod(before);
                 }
                 if indexed {
-                    self.pod_at
-                        .extend(ips.into_iter().map(|ip| (ip, name.clone())));
+                    for ip in ips {
+                        self.pods_at.entry(ip).or_default().push(name.clone());
+                    }
                 }
                 before.map(Object::Pod)
             }
@@ -104,9 +106,11 @@ impl Store {
 
     fn unlink_pod(&mut self, pod: &Pod) {
         for ip in &pod.ips {
-            // The address may already be another pod's.
-            if self.pod_at.get(ip) == Some(&pod.meta.name) {
-                self.pod_at.remove(ip);
+            if let Some(names) = self.pods_at.get_mut(ip) {
+                names.retain(|name| *name != pod.meta.name);
+                if names.is_empty() {
+                    self.pods_at.remove(ip);
+                }
             }
         }
     }
@@ -157,9 +161,9 @@ impl Store {
         self.pods.get(name)
     }
 
-    /// The running pod that has an address of its own.
+    /// The running pod that has an address of its own, the latest if there are two.
     pub fn pod_at(&self, address: IpAddr) -> Option<&Arc<Pod>> {
-        self.pods.get(self.pod_at.get(&address)?)
+        self.pods.get(self.pods_at.get(&address)?.last()?)
     }
 
     /// Namespaces by name.
