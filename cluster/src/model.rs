@@ -369,9 +369,10 @@ pub enum Delta {
 pub enum Event {
     /// Changes that belong together, in order: apply all, then act once.
     Deltas(Vec<Delta>),
-    /// The first snapshot is complete.
+    /// The first snapshot is complete. Trouble told before this is about the snapshot: something may be missing from it, and
+    /// state that was adopted from an earlier life may belong to that.
     Synced,
-    /// The source has trouble; what was told before stays good.
+    /// The source has trouble, told once; what was told before stays good.
     Trouble(String),
 }
 
