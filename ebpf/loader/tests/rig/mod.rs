@@ -104,6 +104,11 @@ impl Rig {
 
     /// Ends the dataplane as an agent's death would, and starts the next.
     pub fn restart(self) -> (Self, Adopted) {
+        self.restart_after(|| ())
+    }
+
+    /// [`Self::restart`], with something happening while no agent runs.
+    pub fn restart_after(self, meanwhile: impl FnOnce()) -> (Self, Adopted) {
         let Rig {
             plane,
             bpffs,
@@ -111,6 +116,7 @@ impl Rig {
             next_slot,
         } = self;
         drop(plane);
+        meanwhile();
         let (plane, adopted) = ServiceDataplane::open(&config).expect("the dataplane loads again");
         let rig = Rig {
             plane,
