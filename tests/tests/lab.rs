@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -140,14 +142,22 @@ impl Talk {
     }
 }
 
-/// New connections and datagrams to a service of the lab's own, once each; no second try.
-fn reach_echo(lab: &Lab, client: &mut Client) -> Result<()> {
+fn echo_addresses(lab: &Lab) -> Result<Vec<IpAddr>> {
     let echo = lab
         .services
         .iter()
         .find(|s| s.object() == "kun-lab/echo")
         .context("no echo service")?;
-    for &address in &echo.cluster_ips {
+    Ok(echo.cluster_ips.clone())
+}
+
+/// New connections and datagrams to a service of the lab's own, once each; no second try.
+fn reach_echo(lab: &Lab, client: &mut Client) -> Result<()> {
+    reach(client, &echo_addresses(lab)?)
+}
+
+fn reach(client: &mut Client, addresses: &[IpAddr]) -> Result<()> {
+    for &address in addresses {
         let tcp = client.ask(&Ask::Fetch {
             to: (address, 80).into(),
         })?;
@@ -200,10 +210,43 @@ fn the_sample_holds_heals_and_vanishes() {
     assert_eq!(traces(&options.name), Vec::<String>::new());
 }
 
-/// Connections that stand, new ones, datagrams and names work while the agent is down and while it comes back; a pod that came
-/// meanwhile is served too.
+/// A pod that never stops talking, until told: standing connections, new ones, datagrams, in both families.
+struct Chatter {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Result<u32>>,
+}
+
+impl Chatter {
+    fn begin(lab: &Lab, pod: &str) -> Result<Self> {
+        let mut talk = Talk::begin(lab, pod, "kun-lab/echo")?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = stop.clone();
+        let addresses = echo_addresses(lab)?;
+        let thread = std::thread::spawn(move || {
+            let mut rounds = 0;
+            while !told.load(Ordering::Relaxed) {
+                talk.go_on()?;
+                reach(&mut talk.client, &addresses)?;
+                rounds += 1;
+            }
+            Ok(rounds)
+        });
+        Ok(Self { stop, thread })
+    }
+
+    /// Rounds without a single failure.
+    fn end(self) -> Result<u32> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+/// Everything works while the agent is down and while it comes back, without one failed try; a pod that came meanwhile is served
+/// too; the address of a pod that went is not given to the next.
 fn kill_the_agent(lab: &mut Lab) -> Result<()> {
-    let mut talk = Talk::begin(lab, "client-a", "shop/front")?;
+    let chatter = Chatter::begin(lab, "client-a")?;
     let mut client = lab.client(lab.pod("client-a")?)?;
     let node = lab
         .nodes
@@ -211,22 +254,35 @@ fn kill_the_agent(lab: &mut Lab) -> Result<()> {
         .find(|node| node.machine.name == "node-a")
         .context("node-a")?;
     node.kill_agent();
-    talk.go_on()?;
     reach_echo(lab, &mut client)?;
     resolves(&mut client, CLUSTER_DNS_V6.into())?;
 
     let mut late = lab.pod("client-a")?.plan.clone();
     late.name = "late-a".to_owned();
-    lab.add_pod(late).context("a pod while the agent is down")?;
+    lab.add_pod(late.clone())
+        .context("a pod while the agent is down")?;
 
     lab.restart_agent("node-a")?;
-    talk.go_on()?;
-    reach_echo(lab, &mut client)?;
     lab.publish()?;
-    let mut late = lab.client(lab.pod("late-a")?)?;
+    let mut from_late = lab.client(lab.pod("late-a")?)?;
     wait_for("the late pod reaching a service", HEALS_WITHIN, || {
-        reach_echo(lab, &mut late).ok()
-    })
+        reach_echo(lab, &mut from_late).ok()
+    })?;
+    let rounds = chatter
+        .end()
+        .context("while the agent was killed and started again")?;
+    ensure!(rounds > 0, "nobody talked");
+
+    let had = lab.pod("late-a")?.addresses.clone();
+    lab.remove_pod("late-a")?;
+    late.name = "later-a".to_owned();
+    lab.add_pod(late)?;
+    let has = lab.pod("later-a")?.addresses.clone();
+    ensure!(
+        !has.iter().any(|address| had.contains(address)),
+        "{has:?} was handed out again before it cooled"
+    );
+    lab.publish()
 }
 
 /// While one server of two is dead, and known to be, every name resolves.

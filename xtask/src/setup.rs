@@ -64,7 +64,7 @@ pub(crate) fn packages(wanted: &[(&str, &str)]) -> Result<()> {
         .filter(|(name, _)| !is_installed(name))
         .collect();
     if missing.is_empty() {
-        println!("setup: nothing is missing ({} packages)", wanted.len());
+        eprintln!("setup: nothing is missing ({} packages)", wanted.len());
         return Ok(());
     }
     ensure!(
@@ -78,7 +78,7 @@ pub(crate) fn packages(wanted: &[(&str, &str)]) -> Result<()> {
         names(&missing)
     );
     for (name, what_for) in &missing {
-        println!("setup: installing {name}: {what_for}");
+        eprintln!("setup: installing {name}: {what_for}");
     }
     let _policy = NoServices::stand()?;
     let mut arguments = vec!["install", "-y", "--no-install-recommends"];

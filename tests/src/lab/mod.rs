@@ -74,6 +74,8 @@ pub struct Lab {
     pub services: Vec<ServicePlan>,
     /// What the manifests held that the lab does not run.
     pub notes: Vec<String>,
+    /// Pods ever started: the next one's number.
+    started: usize,
     _cgroup: Cgroup,
     _bpffs: BpfFs,
     // Last: it is released when all else is gone.
@@ -142,6 +144,7 @@ impl Lab {
             pods: Vec::new(),
             services,
             notes,
+            started: 0,
             _cgroup: cgroup,
             _bpffs: bpffs,
             _lock: lock,
@@ -173,7 +176,7 @@ impl Lab {
         let count = plans.len();
         for (number, plan) in plans.into_iter().enumerate() {
             step(&format!("pod {} of {count}: {}", number + 1, plan.name));
-            lab.start_pod(number, plan)?;
+            lab.start_pod(plan)?;
         }
         step("pods answering");
         for pod in &mut lab.pods {
@@ -264,7 +267,9 @@ impl Lab {
         })
     }
 
-    fn start_pod(&mut self, number: usize, plan: PodPlan) -> Result<()> {
+    fn start_pod(&mut self, plan: PodPlan) -> Result<()> {
+        let number = self.started;
+        self.started += 1;
         let workload = match plan.labels.get("k8s-app").map(String::as_str) {
             Some("kube-dns") if plan.namespace == "kube-system" => Workload::Dns,
             _ => Workload::Server,
@@ -370,9 +375,23 @@ impl Lab {
 
     /// Adds a pod to a lab that stands, as a controller would.
     pub fn add_pod(&mut self, plan: PodPlan) -> Result<()> {
-        self.start_pod(self.pods.len(), plan)?;
+        self.start_pod(plan)?;
         let last = self.pods.last_mut().context("a pod was added")?;
         last.wait_ready(self.topology.machine(last.plan.node))
+    }
+
+    /// Takes a pod away, as a runtime does: its process, `kun-cni` DEL, its namespace.
+    pub fn remove_pod(&mut self, name: &str) -> Result<()> {
+        let index = self
+            .pods
+            .iter()
+            .position(|pod| pod.plan.name == name)
+            .with_context(|| format!("{name}: no such pod"))?;
+        let mut pod = self.pods.remove(index);
+        pod.process = None;
+        let node = self.node(pod.plan.node.name)?;
+        node.cni(self.topology.machine(pod.plan.node), "DEL", &pod.attachment)
+            .map(drop)
     }
 
     /// The lab's own client pods.
