@@ -17,7 +17,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::server::{self, Hello};
 
-/// A lost packet of a lab is lost for good: a second try after this long tells so.
+/// As a resolver asks: a second and a third time, after as long.
 const TRIES: u32 = 3;
 const WITHIN: Duration = Duration::from_millis(1500);
 
@@ -138,12 +138,12 @@ fn udp_towards(to: SocketAddr) -> Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Sends until an answer comes, as a resolver does.
-fn ask_udp(to: SocketAddr, question: &[u8]) -> Result<Vec<u8>> {
+/// Sends until an answer comes, so many times.
+fn ask_udp(to: SocketAddr, question: &[u8], tries: u32) -> Result<Vec<u8>> {
     let socket = udp_towards(to)?;
     let mut buffer = [0; 4096];
     let mut last = None;
-    for _ in 0..TRIES {
+    for _ in 0..tries {
         match socket.send(question).and_then(|_| socket.recv(&mut buffer)) {
             Ok(length) => return Ok(buffer[..length].to_vec()),
             Err(e) => last = Some(e),
@@ -151,7 +151,7 @@ fn ask_udp(to: SocketAddr, question: &[u8]) -> Result<Vec<u8>> {
     }
     match last {
         Some(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
-            bail!("{to}: no answer to {TRIES} datagrams")
+            bail!("{to}: no answer to {tries} datagrams")
         }
         Some(e) => Err(e).with_context(|| format!("{to}")),
         None => bail!("{to}: nothing was sent"),
@@ -159,7 +159,7 @@ fn ask_udp(to: SocketAddr, question: &[u8]) -> Result<Vec<u8>> {
 }
 
 fn datagram(to: SocketAddr) -> Result<Hello> {
-    serde_json::from_slice(&ask_udp(to, b"hello")?).context("the answer is not one of the lab's")
+    serde_json::from_slice(&ask_udp(to, b"hello", 1)?).context("the answer is not one of the lab's")
 }
 
 fn resolve(server: IpAddr, name: &str, v6: bool, tcp: bool) -> Result<Vec<IpAddr>> {
@@ -172,7 +172,7 @@ fn resolve(server: IpAddr, name: &str, v6: bool, tcp: bool) -> Result<Vec<IpAddr
     let answer = if tcp {
         ask_tcp(to, &question)?
     } else {
-        ask_udp(to, &question)?
+        ask_udp(to, &question, TRIES)?
     };
     let answer = Message::from_vec(&answer).context("the answer is not DNS")?;
     let code = answer.metadata.response_code;
