@@ -1,0 +1,237 @@
+//! The lines on the wire, byte for byte in both directions, and what the client makes of an agent that misbehaves.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+
+use kun_config::types::{Slot, SlotClass};
+use kun_control::{
+    Allocation, AttachmentKey, BgpSession, ClientError, Fact, MAX_LINE, PodRef, Request, Response,
+    SlotRow, Status, WhyStep, ask,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+fn key() -> AttachmentKey {
+    AttachmentKey {
+        network: "kun".to_owned(),
+        container_id: "c1".to_owned(),
+        ifname: "eth0".to_owned(),
+    }
+}
+
+fn pod() -> PodRef {
+    PodRef {
+        namespace: "shop".to_owned(),
+        name: "web-1".to_owned(),
+        uid: "u".to_owned(),
+    }
+}
+
+fn golden<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(value: &T, line: &str) {
+    assert_eq!(serde_json::to_string(value).expect("JSON"), line);
+    assert_eq!(serde_json::from_str::<T>(line).expect("ours"), *value);
+}
+
+const KEY: &str = r#"{"network":"kun","containerId":"c1","ifname":"eth0"}"#;
+const POD: &str = r#"{"namespace":"shop","name":"web-1","uid":"u"}"#;
+
+#[test]
+fn requests() {
+    let class = Some(SlotClass::V6Only);
+    golden(
+        &Request::Allocate {
+            key: key(),
+            pod: pod(),
+            class,
+        },
+        &format!(r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":"v6-only"}}"#),
+    );
+    golden(
+        &Request::Attached {
+            key: key(),
+            host_interfaces: vec!["kun0a".to_owned()],
+        },
+        &format!(r#"{{"op":"attached","key":{KEY},"host_interfaces":["kun0a"]}}"#),
+    );
+    for (generation, told) in [(None, "null"), (Some(3), "3")] {
+        let release = Request::Release {
+            key: key(),
+            generation,
+        };
+        golden(
+            &release,
+            &format!(r#"{{"op":"release","key":{KEY},"generation":{told}}}"#),
+        );
+    }
+    golden(
+        &Request::Lookup { key: key() },
+        &format!(r#"{{"op":"lookup","key":{KEY}}}"#),
+    );
+    golden(&Request::Status, r#"{"op":"status"}"#);
+    golden(&Request::Ipam, r#"{"op":"ipam"}"#);
+    golden(
+        &Request::Why {
+            protocol: "tcp".to_owned(),
+            source: None,
+            destination: "fd00::1".parse().expect("an address"),
+            port: 80,
+        },
+        r#"{"op":"why","protocol":"tcp","source":null,"destination":"fd00::1","port":80}"#,
+    );
+}
+
+#[test]
+fn answers() {
+    let (slot, v6) = (
+        Slot(0x0a40_0001),
+        "fd00::a40:1".parse().expect("an address"),
+    );
+    let v4 = "10.64.0.1".parse().ok();
+    let allocation = Allocation {
+        key: key(),
+        slot,
+        generation: 3,
+        v6,
+        v4,
+        pod: pod(),
+    };
+    golden(
+        &Response::Allocation { allocation },
+        &format!(
+            r#"{{"is":"allocation","allocation":{{"key":{KEY},"slot":171966465,"generation":3,"v6":"fd00::a40:1","v4":"10.64.0.1","pod":{POD}}}}}"#
+        ),
+    );
+    golden(&Response::Done, r#"{"is":"done"}"#);
+    golden(&Response::Unknown, r#"{"is":"unknown"}"#);
+    golden(
+        &Response::Exhausted {
+            retry_after_secs: Some(9),
+            allocated: 60,
+            cooling: 4,
+        },
+        r#"{"is":"exhausted","retry_after_secs":9,"allocated":60,"cooling":4}"#,
+    );
+    golden(
+        &Response::Failed {
+            message: "no".to_owned(),
+        },
+        r#"{"is":"failed","message":"no"}"#,
+    );
+    let row = SlotRow {
+        slot,
+        state: "cooling".to_owned(),
+        generation: 3,
+        v6,
+        v4: None,
+        key: key(),
+        pod: pod(),
+        free_in_secs: Some(5),
+    };
+    golden(
+        &Response::Ipam { slots: vec![row] },
+        &format!(
+            r#"{{"is":"ipam","slots":[{{"slot":171966465,"state":"cooling","generation":3,"v6":"fd00::a40:1","v4":null,"key":{KEY},"pod":{POD},"freeInSecs":5}}]}}"#
+        ),
+    );
+    let step = WhyStep {
+        what: "service".to_owned(),
+        object: "shop/web:http".to_owned(),
+        detail: "d".to_owned(),
+        source: Some("a.yaml:3".to_owned()),
+    };
+    golden(
+        &Response::Why { steps: vec![step] },
+        r#"{"is":"why","steps":[{"what":"service","object":"shop/web:http","detail":"d","source":"a.yaml:3"}]}"#,
+    );
+    let status = Status {
+        node: "n".to_owned(),
+        version: "1".to_owned(),
+        uptime_secs: 2,
+        cluster: vec![Fact {
+            name: "synced".to_owned(),
+            value: "yes".to_owned(),
+            ok: true,
+        }],
+        bgp: vec![BgpSession {
+            peer: "tor".to_owned(),
+            address: "192.0.2.1".parse().expect("an address"),
+            state: "Established".to_owned(),
+            since_secs: 1,
+            announced: 4,
+            last_error: None,
+        }],
+        ..Status::default()
+    };
+    golden(
+        &Response::Status { status },
+        r#"{"is":"status","status":{"node":"n","version":"1","uptimeSecs":2,"cluster":[{"name":"synced","value":"yes","ok":true}],"proxy":[],"ipam":[],"nat64":[],"bgp":[{"peer":"tor","address":"192.0.2.1","state":"Established","sinceSecs":1,"announced":4,"lastError":null}],"kernel":[]}}"#,
+    );
+}
+
+#[test]
+fn requests_of_another_version_are_refused() {
+    for line in [
+        r#"{"op":"why","protocol":"tcp","source":null,"destination":"::1","port":80,"more":1}"#,
+        r#"{"op":"nonsense"}"#,
+        r#"{"op":"release","key":{"network":"kun","containerId":"c1","ifname":"eth0","more":1}}"#,
+        r#"{"op":"release"}"#,
+        "{}",
+    ] {
+        assert!(serde_json::from_str::<Request>(line).is_err(), "{line}");
+    }
+}
+
+/// An agent that answers `answer`, whatever it is asked, and hangs up.
+fn agent(answer: Vec<u8>) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let socket = dir.path().join("agent.sock");
+    let listener = UnixListener::bind(&socket).expect("a socket");
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a caller");
+        let mut line = String::new();
+        BufReader::new(&stream)
+            .read_line(&mut line)
+            .expect("a request");
+        // The client may hang up first: that is what one test wants.
+        let _ = stream.write_all(&answer);
+    });
+    (dir, socket)
+}
+
+#[test]
+fn a_good_answer() {
+    let (_dir, socket) = agent(b"{\"is\":\"done\"}\n".to_vec());
+    assert_eq!(
+        ask(&socket, &Request::Status).expect("answered"),
+        Response::Done
+    );
+}
+
+#[test]
+fn bad_answers_are_told_apart() {
+    let (_dir, socket) = agent(b"{\"is\":\"do".to_vec());
+    assert!(matches!(
+        ask(&socket, &Request::Status),
+        Err(ClientError::Broken(_))
+    ));
+    let (_dir, socket) = agent(b"hello\n".to_vec());
+    assert!(matches!(
+        ask(&socket, &Request::Status),
+        Err(ClientError::Answer(_))
+    ));
+    let (_dir, socket) = agent(vec![b'x'; MAX_LINE + 2]);
+    assert!(matches!(
+        ask(&socket, &Request::Status),
+        Err(ClientError::TooLong)
+    ));
+    let missing = PathBuf::from("/nonexistent/agent.sock");
+    let error = ask(&missing, &Request::Status).expect_err("nobody");
+    assert!(matches!(error, ClientError::NoAgent { .. }));
+    assert!(
+        error
+            .to_string()
+            .starts_with("/nonexistent/agent.sock: no agent answers there"),
+        "{error}"
+    );
+}
