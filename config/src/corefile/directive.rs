@@ -16,12 +16,12 @@ pub(super) struct Directive {
     /// What stands behind it on its line.
     pub(super) args: Vec<Token>,
     /// The lines of its block.
-    pub(super) options: Vec<Option_>,
+    pub(super) options: Vec<OptionLine>,
 }
 
 /// A line inside a directive's block.
 #[derive(Debug, Clone)]
-pub(super) struct Option_ {
+pub(super) struct OptionLine {
     /// First word.
     pub(super) name: Token,
     /// The others.
@@ -49,7 +49,7 @@ pub(super) fn split(tokens: &[Token]) -> Result<Vec<Directive>, Fault> {
                 if depth == 0 {
                     directive.args.push(token.clone());
                 } else if new_line || directive.options.is_empty() || tokens[i - 1].text == "{" {
-                    directive.options.push(Option_ {
+                    directive.options.push(OptionLine {
                         name: token.clone(),
                         args: Vec::new(),
                     });
@@ -91,7 +91,7 @@ impl Directive {
     }
 
     /// The fault of an option that nobody knows.
-    pub(super) fn unknown(&self, option: &Option_) -> Fault {
+    pub(super) fn unknown(&self, option: &OptionLine) -> Fault {
         self.at(
             option,
             "unknown option",
@@ -100,14 +100,14 @@ impl Directive {
     }
 
     /// The fault of an option that CoreDNS knows and kun does not serve.
-    pub(super) fn unsupported(&self, option: &Option_, why: &str) -> Fault {
+    pub(super) fn unsupported(&self, option: &OptionLine, why: &str) -> Fault {
         self.at(option, "known CoreDNS option, not supported yet", why)
     }
 
     /// A fault at an option.
     pub(super) fn at(
         &self,
-        option: &Option_,
+        option: &OptionLine,
         wrong: impl Into<String>,
         right: impl Into<String>,
     ) -> Fault {
@@ -125,14 +125,14 @@ impl Directive {
     /// Zone arguments of an option, or `default`.
     pub(super) fn option_zones(
         &self,
-        option: &Option_,
+        option: &OptionLine,
         default: &[DnsName],
     ) -> Result<Vec<DnsName>, Fault> {
         zones(&option.args, default).map_err(|wrong| self.at(option, wrong, "a zone or a network"))
     }
 
     /// An option without arguments.
-    pub(super) fn flag(&self, option: &Option_) -> Result<bool, Fault> {
+    pub(super) fn flag(&self, option: &OptionLine) -> Result<bool, Fault> {
         match option.args.first() {
             Some(extra) => Err(self.at(
                 option,
@@ -144,7 +144,7 @@ impl Directive {
     }
 
     /// An option's only argument.
-    pub(super) fn one<'a>(&self, option: &'a Option_, right: &str) -> Result<&'a str, Fault> {
+    pub(super) fn one<'a>(&self, option: &'a OptionLine, right: &str) -> Result<&'a str, Fault> {
         match &option.args[..] {
             [one] => Ok(&one.text),
             _ => Err(self.at(option, format!("{} arguments", option.args.len()), right)),
@@ -152,7 +152,7 @@ impl Directive {
     }
 
     /// An option's only argument as a number within bounds.
-    pub(super) fn number(&self, option: &Option_, min: u64, max: u64) -> Result<u64, Fault> {
+    pub(super) fn number(&self, option: &OptionLine, min: u64, max: u64) -> Result<u64, Fault> {
         let right = format!("a number from {min} to {max}");
         let text = self.one(option, &right)?;
         text.parse()
@@ -162,7 +162,7 @@ impl Directive {
     }
 
     /// An option's only argument as a duration.
-    pub(super) fn duration(&self, option: &Option_) -> Result<Duration, Fault> {
+    pub(super) fn duration(&self, option: &OptionLine) -> Result<Duration, Fault> {
         let text = self.one(option, "a duration like 5s")?;
         duration(text).ok_or_else(|| {
             self.at(

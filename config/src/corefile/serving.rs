@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ipnet::Ipv6Net;
 
-use super::directive::{Directive, Option_, duration};
+use super::directive::{Directive, OptionLine, duration};
 use super::{
     Cache, CacheHalf, Dns64, Fallthrough, Forward, ForwardTo, Hosts, Kubernetes, PodMode, Policy,
     Prefetch, ServeStale,
@@ -60,7 +60,7 @@ pub(super) fn cache(d: &Directive, origins: &[DnsName]) -> Result<Cache, Fault> 
             "disable" => {
                 let names = match o.args.get(1..) {
                     Some(rest) if !rest.is_empty() => d.option_zones(
-                        &Option_ {
+                        &OptionLine {
                             name: o.name.clone(),
                             args: rest.to_vec(),
                         },
@@ -87,7 +87,7 @@ pub(super) fn cache(d: &Directive, origins: &[DnsName]) -> Result<Cache, Fault> 
     Ok(c)
 }
 
-fn cache_half(d: &Directive, o: &Option_, half: &mut CacheHalf) -> Result<(), Fault> {
+fn cache_half(d: &Directive, o: &OptionLine, half: &mut CacheHalf) -> Result<(), Fault> {
     const RIGHT: &str =
         "CAPACITY [TTL [MINTTL]]: numbers, 0 to 10000000 entries, seconds up to 604800";
     if o.args.is_empty() || o.args.len() > 3 {
@@ -118,7 +118,7 @@ fn cache_half(d: &Directive, o: &Option_, half: &mut CacheHalf) -> Result<(), Fa
     Ok(())
 }
 
-fn prefetch(d: &Directive, o: &Option_) -> Result<Prefetch, Fault> {
+fn prefetch(d: &Directive, o: &OptionLine) -> Result<Prefetch, Fault> {
     const RIGHT: &str = "AMOUNT [DURATION [PERCENTAGE%]], as in prefetch 10 1m 10%";
     let bad = || d.at(o, "not understood", RIGHT);
     let amount = o
@@ -154,7 +154,7 @@ fn prefetch(d: &Directive, o: &Option_) -> Result<Prefetch, Fault> {
     })
 }
 
-fn serve_stale(d: &Directive, o: &Option_) -> Result<ServeStale, Fault> {
+fn serve_stale(d: &Directive, o: &OptionLine) -> Result<ServeStale, Fault> {
     const RIGHT: &str = "serve_stale [DURATION] [immediate|verify]";
     let bad = || d.at(o, "not understood", RIGHT);
     if o.args.len() > 2 {
@@ -475,7 +475,7 @@ fn upstream(d: &Directive, text: &str) -> Result<ForwardTo, Fault> {
     ))
 }
 
-fn health_check(d: &Directive, o: &Option_, spec: &mut Forward) -> Result<(), Fault> {
+fn health_check(d: &Directive, o: &OptionLine, spec: &mut Forward) -> Result<(), Fault> {
     const RIGHT: &str = "health_check DURATION [no_rec] [domain FQDN]";
     let mut args = o.args.iter().map(|t| t.text.as_str());
     let interval = args.next().and_then(duration).filter(|i| !i.is_zero());

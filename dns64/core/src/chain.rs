@@ -272,7 +272,6 @@ impl Chain {
                     refresh: None,
                 }
             }
-            Walk::Alias(..) => Handled::Resolve(job(key())),
             Walk::Loop => Handled::Loop,
             Walk::Nobody => {
                 begin(query, u16::from(rcode::SERVFAIL), out);
@@ -282,7 +281,8 @@ impl Chain {
                     refresh: None,
                 }
             }
-            Walk::Forward(_) => {
+            // A found alias is kept with what it leads to: the target's own answer may come from upstream.
+            Walk::Forward(_) | Walk::Alias(..) => {
                 let key = key();
                 let found = self.cached(query.name(), &key, now);
                 let verify = self

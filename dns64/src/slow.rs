@@ -1,0 +1,246 @@
+//! The slow lane: questions that must be asked upstream, each once however many clients wait.
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use kun_dns_core::chain::Job;
+use kun_dns_core::logline::{Exchange, error_line, line};
+use kun_dns_core::query::reject;
+use kun_dns_core::wire::rcode;
+use kun_dns_core::{Outcome, Query, Resolution, Transport};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::load::Loaded;
+use crate::metrics::{Counters, Metrics};
+use crate::sys::{self, Path};
+
+/// Questions between the lanes: half a second of misses at the rate the slow lane can do.
+pub(crate) const QUEUE: usize = 16_384;
+
+/// Different questions in flight; each holds a socket or two, and the limit on descriptors is often 1024 … 65536.
+const MAX_IN_FLIGHT: usize = 4096;
+
+/// Clients on one question: what comes beyond has a forged source more likely than not.
+const MAX_WAITERS: usize = 512;
+
+/// How an answer reaches its client.
+pub(crate) enum Reply {
+    Udp(Arc<UdpSocket>, Box<Path>),
+    Tcp(mpsc::Sender<Vec<u8>>),
+}
+
+/// A client that waits.
+pub(crate) struct Waiter {
+    pub(crate) query: Vec<u8>,
+    pub(crate) transport: Transport,
+    pub(crate) client: SocketAddr,
+    pub(crate) received: Instant,
+    pub(crate) reply: Reply,
+}
+
+/// A question for the slow lane; without a waiter, a refresh.
+pub(crate) struct Submit {
+    pub(crate) loaded: Arc<Loaded>,
+    pub(crate) job: Box<Job>,
+    pub(crate) waiter: Option<Waiter>,
+}
+
+/// What all threads share.
+pub(crate) struct Shared {
+    pub(crate) loaded: ArcSwap<Loaded>,
+    pub(crate) metrics: Metrics,
+    pub(crate) epoch: Instant,
+    pub(crate) jobs: mpsc::Sender<Submit>,
+    pub(crate) looped: AtomicBool,
+    pub(crate) looped_notify: tokio::sync::Notify,
+}
+
+impl Shared {
+    /// Hands a question over; false: too many wait already.
+    pub(crate) fn submit(&self, submit: Submit) -> bool {
+        self.jobs.try_send(submit).is_ok()
+    }
+
+    /// `loop`'s probe came back.
+    pub(crate) fn loop_found(&self) {
+        self.looped.store(true, Ordering::Relaxed);
+        self.looped_notify.notify_one();
+    }
+}
+
+type FlightKey = (usize, Box<[u8]>);
+
+struct Flight {
+    job: Arc<Job>,
+    waiters: Vec<Waiter>,
+}
+
+enum Done {
+    Outcome(FlightKey, Outcome),
+    /// `max_concurrent` are in flight.
+    Limit(FlightKey),
+}
+
+/// Runs until the queue closes.
+pub(crate) async fn run(shared: Arc<Shared>, mut queue: mpsc::Receiver<Submit>) {
+    let counters = shared.metrics.thread();
+    let mut flights: HashMap<FlightKey, Flight> = HashMap::new();
+    let mut tasks: JoinSet<Done> = JoinSet::new();
+    loop {
+        tokio::select! {
+            submit = queue.recv() => match submit {
+                None => return,
+                Some(submit) => take(&shared, &counters, &mut flights, &mut tasks, submit),
+            },
+            Some(done) = tasks.join_next() => match done {
+                Ok(done) => finish(&shared, &counters, &mut flights, done),
+                // A task that panicked has said so; its clients time out.
+                Err(e) => tracing::error!(error = %e, "a resolution broke off"),
+            },
+        }
+    }
+}
+
+fn take(
+    shared: &Arc<Shared>,
+    counters: &Counters,
+    flights: &mut HashMap<FlightKey, Flight>,
+    tasks: &mut JoinSet<Done>,
+    submit: Submit,
+) {
+    let Submit {
+        loaded,
+        job,
+        waiter,
+    } = submit;
+    let key: FlightKey = (Arc::as_ptr(&job.chain).addr(), job.key.bytes().into());
+    if let Some(flight) = flights.get_mut(&key) {
+        match waiter {
+            Some(w) if flight.waiters.len() < MAX_WAITERS => flight.waiters.push(w),
+            Some(w) => refuse(counters, &w, rcode::SERVFAIL),
+            None => {}
+        }
+        return;
+    }
+    if flights.len() >= MAX_IN_FLIGHT {
+        waiter
+            .iter()
+            .for_each(|w| refuse(counters, w, rcode::SERVFAIL));
+        counters.overload();
+        return;
+    }
+    let job: Arc<Job> = Arc::from(job);
+    let transport = waiter.as_ref().map_or(Transport::Udp, |w| w.transport);
+    flights.insert(
+        key.clone(),
+        Flight {
+            job: job.clone(),
+            waiters: waiter.into_iter().collect(),
+        },
+    );
+    tasks.spawn(resolve(shared.clone(), loaded, job, transport, key));
+}
+
+async fn resolve(
+    shared: Arc<Shared>,
+    loaded: Arc<Loaded>,
+    job: Arc<Job>,
+    transport: Transport,
+    key: FlightKey,
+) -> Done {
+    let mut resolution = Resolution::start(&job, &loaded.world, shared.epoch.elapsed());
+    let asks = resolution.take_asks();
+    let upstreams = asks.first().map(|a| loaded.upstreams[a.forward].clone());
+    let seat = upstreams.as_ref().map(|u| u.seat());
+    if matches!(seat, Some(None)) {
+        return Done::Limit(key);
+    }
+    let mut exchanges = JoinSet::new();
+    for ask in asks {
+        let upstreams = loaded.upstreams[ask.forward].clone();
+        exchanges.spawn(async move { (ask.qtype, upstreams.exchange(&ask, transport).await) });
+    }
+    loop {
+        // What is not needed any more is dropped with the set.
+        if let Some(outcome) = resolution.take_outcome() {
+            return Done::Outcome(key, outcome);
+        }
+        match exchanges.join_next().await {
+            Some(Ok((qtype, reply))) => resolution.reply(qtype, reply),
+            Some(Err(e)) => resolution.reply(job.qtype, Err(e.to_string())),
+            None => resolution.reply(job.qtype, Err("no reply".to_owned())),
+        }
+    }
+}
+
+fn finish(
+    shared: &Shared,
+    counters: &Counters,
+    flights: &mut HashMap<FlightKey, Flight>,
+    done: Done,
+) {
+    let (key, outcome) = match done {
+        Done::Outcome(key, outcome) => (key, Some(outcome)),
+        Done::Limit(key) => (key, None),
+    };
+    let Some(Flight { job, waiters }) = flights.remove(&key) else {
+        return;
+    };
+    let chain = &job.chain;
+    let Some(outcome) = outcome else {
+        // CoreDNS: above max_concurrent a query is refused.
+        waiters
+            .iter()
+            .for_each(|w| refuse(counters, w, rcode::REFUSED));
+        return;
+    };
+    let failed = outcome.answer.rcode() == rcode::SERVFAIL;
+    if let (true, Some(error), true) = (chain.errors, &outcome.error, failed) {
+        tracing::error!(target: "kun_dns::errors", "plugin/errors: {}", error_line(&job.name, job.qtype, rcode::SERVFAIL, error));
+    }
+    let (answer, ttl) = chain.settle(&job, outcome.answer, shared.epoch.elapsed());
+    let mut out = Vec::new();
+    for waiter in waiters {
+        let Ok(query) = Query::parse(&waiter.query, waiter.transport) else {
+            continue;
+        };
+        chain.write(
+            &query,
+            &answer,
+            ttl,
+            u64::from_ne_bytes(sys::random()),
+            &mut out,
+        );
+        counters.answer(&out, None);
+        let exchange = Exchange {
+            query: &query,
+            response: &out,
+            client: waiter.client,
+            duration: waiter.received.elapsed(),
+        };
+        if let Some(line) = line(&chain.log, &exchange) {
+            tracing::info!(target: "kun_dns::log", "{line}");
+        }
+        send(&waiter.reply, &out);
+    }
+}
+
+fn refuse(counters: &Counters, waiter: &Waiter, code: u8) {
+    let mut out = Vec::new();
+    reject(&waiter.query, code, &mut out);
+    counters.answer(&out, None);
+    send(&waiter.reply, &out);
+}
+
+fn send(reply: &Reply, answer: &[u8]) {
+    // A client that is gone, or takes nothing, loses its answer: that is its loss alone.
+    match reply {
+        Reply::Udp(socket, path) => drop(sys::send(socket, path, answer)),
+        Reply::Tcp(sender) => drop(sender.try_send(answer.to_vec())),
+    }
+}
