@@ -120,7 +120,11 @@ impl Upstreams {
     }
 
     /// Asks until one answers.
-    pub(crate) async fn exchange(&self, ask: &Ask, transport: Transport) -> Result<Message, String> {
+    pub(crate) async fn exchange(
+        &self,
+        ask: &Ask,
+        transport: Transport,
+    ) -> Result<Message, String> {
         let deadline = Instant::now() + DEADLINE;
         let tcp = self.spec.force_tcp || (transport == Transport::Tcp && !self.spec.prefer_udp);
         let mut last = Err("no healthy upstream".to_owned());
