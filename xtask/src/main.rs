@@ -51,7 +51,11 @@ fn main() -> ExitCode {
         Task::Tidy => tidy::run(),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Ebpf { check } => ebpf::ebpf(check),
-        Task::Vm(arguments) => vm::run(&arguments),
+        // Its exit status is the command's.
+        Task::Vm(arguments) => match vm::run(&arguments) {
+            Ok(status) => return status,
+            Err(e) => Err(e),
+        },
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
