@@ -163,7 +163,7 @@ fn down_on_signal(name: LabName) -> Result<()> {
             }
         });
         eprintln!("taking the lab down …");
-        down::down(&name);
+        down::down_and_release(&name);
         std::process::exit(130);
     });
     Ok(())

@@ -21,7 +21,7 @@ impl Lock {
     /// Fails when another process holds it.
     pub fn take(name: &LabName) -> Result<Self> {
         fs::create_dir_all(RUN).with_context(|| format!("making {RUN}: labs need root"))?;
-        let path = Path::new(RUN).join(format!("{}.lock", name.as_str()));
+        let path = lock_path(name);
         let file = File::options()
             .create(true)
             .append(true)
@@ -39,10 +39,26 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-        // The directory goes with the last lab.
-        let _ = fs::remove_dir(RUN);
+        release(&self.path);
     }
+}
+
+fn release(path: &Path) {
+    let _ = fs::remove_file(path);
+    // The directory goes with the last lab.
+    let _ = fs::remove_dir(RUN);
+}
+
+/// For a process that holds the lock and is about to end: removes the lab and the lock's file. Twice, because another thread may
+/// have been in the midst of making something.
+pub fn down_and_release(name: &LabName) {
+    down(name);
+    down(name);
+    release(&lock_path(name));
+}
+
+fn lock_path(name: &LabName) -> PathBuf {
+    Path::new(RUN).join(format!("{}.lock", name.as_str()))
 }
 
 /// Whether anything of the lab is there.
