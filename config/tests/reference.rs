@@ -104,3 +104,74 @@ fn documented(text: &str) -> BTreeSet<String> {
     }
     paths
 }
+
+/// Each `key: value` line of the reference, with the line's number, indentation and key.
+fn leaves(text: &str) -> Vec<(usize, String, String)> {
+    let leaf = |(number, line): (usize, &str)| {
+        let trimmed = line.trim_start();
+        let indent = " ".repeat(line.len() - trimmed.len());
+        let (key, value) = trimmed.split_once(": ")?;
+        (!trimmed.starts_with(['#', '-']) && !value.is_empty()).then(|| (number, indent, key.to_owned()))
+    };
+    text.lines().enumerate().filter_map(leaf).collect()
+}
+
+fn with_line(text: &str, number: usize, new: &str) -> String {
+    let lines = text.lines().enumerate();
+    lines
+        .map(|(i, line)| {
+            if i == number {
+                format!("{new}\n")
+            } else {
+                format!("{line}\n")
+            }
+        })
+        .collect()
+}
+
+#[test]
+fn a_value_of_the_wrong_shape_is_refused_at_its_line_in_every_field() {
+    let text = with_examples();
+    let leaves = leaves(&text);
+    assert!(leaves.len() > 45, "only {} fields", leaves.len());
+    for (number, indent, key) in leaves {
+        let broken = with_line(&text, number, &format!("{indent}{key}: {{wrong: {{}}}}"));
+        let faults = parse("kun.yaml", &broken)
+            .err()
+            .unwrap_or_else(|| panic!("{key} took a mapping"));
+        let here = faults.0.iter().any(|f| {
+            f.at.is_some_and(|(line, _)| line as usize == number + 1) && f.path.contains(&key)
+        });
+        assert!(here, "{key} on line {}:\n{faults}", number + 1);
+    }
+}
+
+#[test]
+fn a_misspelt_field_is_refused_with_the_right_name_everywhere() {
+    let text = with_examples();
+    for (number, indent, key) in leaves(&text) {
+        let value = text
+            .lines()
+            .nth(number)
+            .and_then(|line| line.split_once(": "))
+            .map_or("", |(_, value)| value);
+        let broken = with_line(&text, number, &format!("{indent}{key}x: {value}"));
+        let faults = parse("kun.yaml", &broken)
+            .err()
+            .unwrap_or_else(|| panic!("{key}x was taken"));
+        let unknown = faults
+            .0
+            .iter()
+            .find(|f| f.wrong == "unknown field")
+            .unwrap_or_else(|| panic!("{key}: {faults}"));
+        assert_eq!(
+            unknown.at.map(|(line, _)| line as usize),
+            Some(number + 1),
+            "{unknown}"
+        );
+        // Two letters are too few to guess from.
+        if key.len() > 2 {
+            assert_eq!(unknown.right, format!("did you mean `{key}`?"), "{unknown}");
+        }
+    }
+}
