@@ -111,7 +111,8 @@ fn leaves(text: &str) -> Vec<(usize, String, String)> {
         let trimmed = line.trim_start();
         let indent = " ".repeat(line.len() - trimmed.len());
         let (key, value) = trimmed.split_once(": ")?;
-        (!trimmed.starts_with(['#', '-']) && !value.is_empty()).then(|| (number, indent, key.to_owned()))
+        (!trimmed.starts_with(['#', '-']) && !value.is_empty())
+            .then(|| (number, indent, key.to_owned()))
     };
     text.lines().enumerate().filter_map(leaf).collect()
 }

@@ -9,6 +9,7 @@
 //! * Inotify drives scans; hashes of contents decide what changed; a slow re-scan catches what inotify cannot see (network file
 //!   systems). A file that somebody is just writing is read once it is closed. There is no debounce timer.
 
+mod merge;
 mod scan;
 mod watch;
 

@@ -1,16 +1,16 @@
 //! What the files say now, against what they said before. Reads files; knows no watches and no time.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hasher};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
+use super::merge::Merged;
 use super::watch::Wake;
 use super::{MAX_DEPTH, parse_with};
+use crate::Delta;
 use crate::kubernetes::{Interner, Manifest};
-use crate::{Delta, Kind, Object, ObjectName, Origin, Service, ServiceType};
 
 /// 100,000 Services with their slices in one file are 150 MB; a larger file is not a manifest.
 const MAX_FILE: u64 = 256 << 20;
@@ -21,14 +21,12 @@ const MAX_FILES: usize = 200_000;
 /// Faults told of one file.
 const MAX_TOLD: usize = 10;
 
-type Key = (Kind, ObjectName);
-
 #[derive(Debug)]
 pub(super) struct Scanner {
     root: PathBuf,
     folders: BTreeSet<PathBuf>,
     files: BTreeMap<PathBuf, File>,
-    merged: HashMap<Key, Object>,
+    merged: Merged,
     /// Troubles of the walk itself: an unreadable folder.
     walk_troubles: Vec<String>,
     duplicates: Vec<String>,
@@ -75,7 +73,7 @@ impl Scanner {
             root: root.to_owned(),
             folders: BTreeSet::new(),
             files: BTreeMap::new(),
-            merged: HashMap::new(),
+            merged: Merged::default(),
             walk_troubles: Vec::new(),
             duplicates: Vec::new(),
             told: BTreeSet::new(),
@@ -123,76 +121,13 @@ impl Scanner {
         changed
     }
 
-    /// Puts the files together; what is different from last time, removals first, in a fixed order.
+    /// Puts the files together; what is different from last time.
     pub(super) fn merge(&mut self) -> Vec<Delta> {
-        let mut merged: HashMap<Key, Object> = HashMap::with_capacity(self.merged.len());
-        self.duplicates.clear();
-        for object in self.files.values().flat_map(|f| &f.good.objects) {
-            let key = object.key();
-            if let Some(first) = merged.get(&key) {
-                self.duplicates.push(duplicate(
-                    &format!("{:?}", key.0),
-                    &key.1,
-                    &object.meta().origin,
-                    &first.meta().origin,
-                ));
-            } else {
-                merged.insert(key, object.clone());
-            }
-        }
-        self.merge_addresses(&mut merged);
-        let mut deltas: Vec<Delta> = Vec::new();
-        let mut removed: Vec<&Key> = self
+        let (deltas, duplicates) = self
             .merged
-            .keys()
-            .filter(|key| !merged.contains_key(*key))
-            .collect();
-        removed.sort();
-        deltas.extend(
-            removed
-                .into_iter()
-                .map(|(kind, name)| Delta::Remove(*kind, name.clone())),
-        );
-        let mut upserts: Vec<(&Key, &Object)> = merged
-            .iter()
-            .filter(|(key, object)| self.merged.get(*key) != Some(*object))
-            .collect();
-        upserts.sort_by_key(|(key, _)| *key);
-        deltas.extend(
-            upserts
-                .into_iter()
-                .map(|(_, object)| Delta::Upsert(object.clone())),
-        );
-        self.merged = merged;
+            .update(self.files.values().map(|file| &file.good));
+        self.duplicates = duplicates;
         deltas
-    }
-
-    /// A ServiceAddress gives its Service the addresses that a status would; a status in the manifest itself goes first.
-    fn merge_addresses(&mut self, merged: &mut HashMap<Key, Object>) {
-        let mut first_of: HashMap<&ObjectName, &Origin> = HashMap::new();
-        for address in self.files.values().flat_map(|f| &f.good.addresses) {
-            let name = &address.meta.name;
-            if let Some(first) = first_of.insert(name, &address.meta.origin) {
-                self.duplicates.push(duplicate(
-                    "ServiceAddress",
-                    name,
-                    &address.meta.origin,
-                    first,
-                ));
-                first_of.insert(name, first);
-                continue;
-            }
-            let Some(Object::Service(service)) = merged.get_mut(&(Kind::Service, name.clone()))
-            else {
-                continue;
-            };
-            if service.kind == ServiceType::LoadBalancer && service.load_balancer_ips.is_empty() {
-                *service = Arc::new(Service {
-                    load_balancer_ips: address.addresses.clone(),
-                    ..Service::clone(service)
-                });
-            }
-        }
     }
 
     /// Troubles that were not there at the last call; one that went away and comes back is told again.
@@ -207,10 +142,6 @@ impl Scanner {
         self.told = now;
         new
     }
-}
-
-fn duplicate(kind: &str, name: &ObjectName, here: &Origin, first: &Origin) -> String {
-    format!("{here}: {kind} {name} is also in {first}, which wins; remove one of them")
 }
 
 impl File {
