@@ -108,15 +108,17 @@ fn slice(n: u8, hosts: &[u8]) -> Delta {
 
 fn batches() -> Vec<Event> {
     vec![
-        Event::Deltas(vec![service(1), slice(1, &[1, 2]), service(2), slice(2, &[1])]),
+        Event::Deltas(vec![
+            service(1),
+            slice(1, &[1, 2]),
+            service(2),
+            slice(2, &[1]),
+        ]),
         Event::Synced,
         Event::Deltas(vec![slice(1, &[2, 3]), service(3), slice(3, &[])]),
         Event::Deltas(vec![
             slice(2, &[]),
-            Delta::Remove(
-                kun_cluster::Kind::Service,
-                ObjectName::new("default", "s1"),
-            ),
+            Delta::Remove(kun_cluster::Kind::Service, ObjectName::new("default", "s1")),
         ]),
     ]
 }

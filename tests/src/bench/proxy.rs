@@ -41,11 +41,18 @@ fn measure(services: u32, name: &str) -> anyhow::Result<Vec<Row>> {
     let config = config(&bpffs, services)?;
     // What the cluster source holds anyway, made before the clock runs.
     let deltas: Vec<Delta> = (0..services)
-        .flat_map(|i| [Delta::Upsert(service(i)), Delta::Upsert(slice(i, ENDPOINTS))])
+        .flat_map(|i| {
+            [
+                Delta::Upsert(service(i)),
+                Delta::Upsert(slice(i, ENDPOINTS)),
+            ]
+        })
         .collect();
     let changes: Vec<[Event; 2]> = (0..CHANGES as u32)
         .map(|i| i * (services / CHANGES as u32))
-        .map(|i| [ENDPOINTS - 1, ENDPOINTS].map(|n| Event::Deltas(vec![Delta::Upsert(slice(i, n))])))
+        .map(|i| {
+            [ENDPOINTS - 1, ENDPOINTS].map(|n| Event::Deltas(vec![Delta::Upsert(slice(i, n))]))
+        })
         .collect();
     let events = [Event::Deltas(deltas), Event::Synced];
 
@@ -66,8 +73,7 @@ fn measure(services: u32, name: &str) -> anyhow::Result<Vec<Row>> {
     let weight = resident()?.saturating_sub(before);
     let totals = planner.totals();
     ensure!(
-        totals.frontends == services as usize
-            && totals.backends == services * u32::from(ENDPOINTS),
+        totals.frontends == services as usize && totals.backends == services * u32::from(ENDPOINTS),
         "{totals:?}"
     );
 
@@ -123,10 +129,7 @@ fn measure(services: u32, name: &str) -> anyhow::Result<Vec<Row>> {
             "ms",
         ),
         row("adoption, nothing to do", adoption.as_secs_f64(), "s"),
-        budget(
-            row("planner's memory", weight as f64 / 1e6, "MB"),
-            64.0,
-        ),
+        budget(row("planner's memory", weight as f64 / 1e6, "MB"), 64.0),
     ])
 }
 
