@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -60,6 +61,9 @@ enum Task {
     Client,
 }
 
+/// A signal asked for the end.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match &arguments.task {
@@ -71,6 +75,10 @@ fn main() -> ExitCode {
     match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
+        Err(_) if INTERRUPTED.load(Ordering::Relaxed) => loop {
+            // What failed is what the signal's thread took away; that thread ends the program.
+            std::thread::park();
+        },
         Err(e) => {
             eprintln!("lab: {e:#}");
             ExitCode::from(2)
@@ -162,6 +170,7 @@ fn down_on_signal(name: LabName) -> Result<()> {
                 _ = terminate.recv() => {}
             }
         });
+        INTERRUPTED.store(true, Ordering::Relaxed);
         eprintln!("taking the lab down …");
         down::down_and_release(&name);
         std::process::exit(130);
