@@ -8,10 +8,10 @@
 //! packet of ours; addresses that must not cross (RFC 6052 §3.1, RFC 6146 §3.5).
 
 mod buffer;
-mod four;
+pub mod four;
 mod hairpin;
 mod icmp;
-mod six;
+pub mod six;
 mod state;
 pub mod sum;
 
@@ -106,6 +106,83 @@ pub trait Tables {
     fn fragment_put(&mut self, key: &FragmentKey, value: &Fragment);
 }
 
+/// What the steps of a translation tell each other about a packet. The steps are functions of their own, and this lies in a
+/// map, so that the kernel's verifier goes through each step once and not once for each way through the steps before it.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Work {
+    /// The network header; IPv4 in the first five words.
+    pub header: [u32; 10],
+    /// The first words of the transport header: two, but four of TCP.
+    pub l4: [u32; 4],
+    /// Where the transport header begins; 0: the packet is too big for IPv6 and is answered.
+    pub at: u32,
+    /// Octets from there; of a packet that is too big: all.
+    pub len: u32,
+    /// Protocol, in IPv4's numbers.
+    pub proto: u32,
+    /// ICMP type.
+    pub kind: u32,
+    /// 1: a fragment, or one that is whole but says so (RFC 6946).
+    pub fragmented: u32,
+    /// Bits of the fragment field: the IPv6 header's, or IPv4's flags and offset.
+    pub fragment: u32,
+    /// Identification, as it lies in memory in IPv6, as a number in IPv4.
+    pub id: u32,
+    /// IPv6 end.
+    pub inner: [u32; 4],
+    /// Its port or identifier.
+    pub inner_port: u32,
+    /// External address, as a number.
+    pub external: u32,
+    /// Its port or identifier.
+    pub external_port: u32,
+    /// The far end's port; 0 of ICMP.
+    pub remote_port: u32,
+}
+
+/// What comes after a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing.
+    Done(Verdict),
+    /// The next step.
+    Next,
+    /// The step that no block covers the flow for: [`six::map_exception`] or [`four::map_exception`].
+    Exception,
+    /// The step for ICMP errors: [`error_to_four`] or [`error_to_six`].
+    Error,
+}
+
+impl Step {
+    /// As one number, which is what a function of the kernel's programs can return.
+    #[inline(always)]
+    pub const fn code(self) -> u32 {
+        match self {
+            Step::Done(v) => v.code(),
+            Step::Next => Self::NEXT,
+            Step::Exception => Self::EXCEPTION,
+            Step::Error => Self::ERROR,
+        }
+    }
+
+    /// [`Step::Next`] as a number.
+    pub const NEXT: u32 = 256;
+    /// [`Step::Exception`] as a number.
+    pub const EXCEPTION: u32 = 257;
+    /// [`Step::Error`] as a number.
+    pub const ERROR: u32 = 258;
+
+    /// A step's result as one.
+    #[inline(always)]
+    pub fn of(result: Result<Step, Reason>) -> Step {
+        match result {
+            Ok(step) => step,
+            Err(reason) => Step::Done(Verdict::Drop(reason)),
+        }
+    }
+}
+
 /// Protocol numbers of IPv4, but for the two of IPv6 that differ.
 pub(crate) mod number {
     pub(crate) const ICMP4: u32 = 1;
@@ -125,85 +202,52 @@ pub(crate) const FOUR: u32 = 20;
 /// Smallest MTU of IPv6 (RFC 8200 §5).
 pub const MIN_MTU: u32 = 1280;
 
-/// A packet for the slow half: an ICMP error that needs its inner packet translated, or one that needs an ICMP error made.
-#[derive(Debug, Clone, Copy)]
-pub struct ErrorPacket {
-    /// The outer header; IPv4 in the first five words.
-    pub header: [u32; 10],
-    /// Where ICMP begins; 0: the packet is too big for IPv6 and is answered.
-    pub at: u32,
-    /// Octets of the ICMP message, or of the packet that is too big.
-    pub len: u32,
-}
-
-/// The step after the first look.
-#[derive(Debug)]
-pub(crate) enum Next {
-    Done(Verdict),
-    /// The slow half, kept apart because the kernel gives each function little stack.
-    Error,
-}
-
 /// Translates an IPv6 packet that is under Pref64; [`Verdict::Pass`] for any other.
-#[inline(always)]
 pub fn six_to_four<P: Packet, T: Tables>(p: &mut P, t: &mut T, s: &Settings) -> Verdict {
-    let mut error = ErrorPacket::EMPTY;
-    match six::translate(p, t, s, &mut error) {
-        Ok(Next::Done(v)) => v,
-        Ok(Next::Error) => error_to_four(p, t, s, &error).unwrap_or_else(Verdict::Drop),
-        Err(r) => Verdict::Drop(r),
+    let mut w = Work::default();
+    let mut step = Step::of(six::parse(p, t, s, &mut w));
+    if step == Step::Error {
+        step = Step::of(error_to_four(p, t, s, &w));
     }
+    if step == Step::Next {
+        step = Step::of(six::map(s, &mut w));
+    }
+    if step == Step::Exception {
+        step = Step::of(six::map_exception(t, s, &mut w));
+    }
+    if step == Step::Next {
+        step = Step::of(six::write(p, t, s, &w));
+    }
+    step.verdict()
 }
 
 /// Translates an IPv4 packet to the pool; [`Verdict::Pass`] for any other.
-#[inline(always)]
 pub fn four_to_six<P: Packet, T: Tables>(p: &mut P, t: &mut T, s: &Settings) -> Verdict {
-    let mut error = ErrorPacket::EMPTY;
-    match four::translate(p, t, s, &mut error) {
-        Ok(Next::Done(v)) => v,
-        Ok(Next::Error) => error_to_six(p, t, s, &error).unwrap_or_else(Verdict::Drop),
-        Err(r) => Verdict::Drop(r),
+    let mut w = Work::default();
+    let mut step = Step::of(four::parse(p, t, s, &mut w));
+    if step == Step::Next {
+        step = Step::of(four::map(s, &mut w));
     }
+    if step == Step::Exception {
+        step = Step::of(four::map_exception(t, &mut w));
+    }
+    if step == Step::Next {
+        step = Step::of(four::write(p, t, s, &mut w));
+    }
+    if step == Step::Error {
+        step = Step::of(error_to_six(p, t, s, &w));
+    }
+    step.verdict()
 }
 
-/// [`six_to_four`] for programs that run the error path in a function of its own: `None` leaves the packet untouched and
-/// fills `error` for [`error_to_four`].
-#[inline(always)]
-pub fn six_to_four_plain<P: Packet, T: Tables>(
-    p: &mut P,
-    t: &mut T,
-    s: &Settings,
-    error: &mut ErrorPacket,
-) -> Option<Verdict> {
-    match six::translate(p, t, s, error) {
-        Ok(Next::Done(v)) => Some(v),
-        Ok(Next::Error) => None,
-        Err(r) => Some(Verdict::Drop(r)),
+impl Step {
+    /// The verdict of the last step; a chain that ends early is a malformed packet's.
+    fn verdict(self) -> Verdict {
+        match self {
+            Step::Done(v) => v,
+            Step::Next | Step::Exception | Step::Error => Verdict::Drop(Reason::Malformed),
+        }
     }
-}
-
-/// [`four_to_six`] in the same way, for [`error_to_six`].
-#[inline(always)]
-pub fn four_to_six_plain<P: Packet, T: Tables>(
-    p: &mut P,
-    t: &mut T,
-    s: &Settings,
-    error: &mut ErrorPacket,
-) -> Option<Verdict> {
-    match four::translate(p, t, s, error) {
-        Ok(Next::Done(v)) => Some(v),
-        Ok(Next::Error) => None,
-        Err(r) => Some(Verdict::Drop(r)),
-    }
-}
-
-impl ErrorPacket {
-    /// To be filled.
-    pub const EMPTY: ErrorPacket = ErrorPacket {
-        header: [0; 10],
-        at: 0,
-        len: 0,
-    };
 }
 
 /// The packet reaches so far, or is malformed.

@@ -2,8 +2,8 @@
 
 use super::state;
 use super::{
-    ErrorPacket, FOUR, Next, Packet, SIX, Tables, Verdict, clamp_mss, header6, may_cross, need,
-    number, ports, pseudo_icmp6, sum, under_pref64,
+    FOUR, Packet, SIX, Step, Tables, Verdict, Work, clamp_mss, header6, may_cross, need, number,
+    ports, pseudo_icmp6, sum, under_pref64,
 };
 use crate::nat64::bib::{FRAGMENT_TIMEOUT, Fragment, FragmentKey};
 use crate::nat64::{Counter, External, Settings};
@@ -20,21 +20,22 @@ const MAX_OPTIONS: u32 = 40;
 const LOOSE_ROUTE: u8 = 131;
 const STRICT_ROUTE: u8 = 137;
 
+/// First step: whether the packet is ours, and what it is. Later fragments are done here.
 #[inline(always)]
-pub(super) fn translate<P: Packet, T: Tables>(
+pub fn parse<P: Packet, T: Tables>(
     p: &mut P,
     t: &mut T,
     s: &Settings,
-    error: &mut ErrorPacket,
-) -> Result<Next, Reason> {
+    w: &mut Work,
+) -> Result<Step, Reason> {
     let mut h = [0u32; 5];
     if !p.load(0, &mut h) {
-        return Ok(Next::Done(Verdict::Pass));
+        return Ok(Step::Done(Verdict::Pass));
     }
     let w0 = u32::from_be(h[0]);
     let dst = u32::from_be(h[4]);
     if w0 >> 28 != 4 || s.mapping.pool.index(dst).is_none() {
-        return Ok(Next::Done(Verdict::Pass));
+        return Ok(Step::Done(Verdict::Pass));
     }
     let header = ((w0 >> 24) & 0xf) << 2;
     let total = w0 & 0xffff;
@@ -45,131 +46,188 @@ pub(super) fn translate<P: Packet, T: Tables>(
         source_route(p, header)?;
     }
     need(sum::fold(check) == 0xffff)?;
-    let src = h[3];
-    if !may_cross(u32::from_be(src), s) {
+    if !may_cross(u32::from_be(h[3]), s) {
         return Err(Reason::Nat64Untranslatable);
     }
     let w1 = u32::from_be(h[1]);
     let w2 = u32::from_be(h[2]);
-    let (ttl, proto) = (w2 >> 24, (w2 >> 16) & 0xff);
-    if ttl <= 1 {
+    if w2 >> 24 <= 1 {
         t.count(Counter::ToStack);
-        return Ok(Next::Done(Verdict::ToStack));
+        return Ok(Step::Done(Verdict::ToStack));
     }
-    let mut known = [header, total, ttl, proto];
+    let mut known = [header, total, (w2 >> 16) & 0xff];
     p.forget(&mut known);
-    let [header, total, ttl, proto] = known;
+    let [header, total, proto] = known;
     let len = total.wrapping_sub(header);
-    let (offset, more) = (w1 & OFFSET, w1 & MF != 0);
-    let fragmented = offset != 0 || more;
+    w.header[..5].copy_from_slice(&h);
+    w.at = header;
+    w.len = len;
+    w.proto = proto;
+    w.fragmented = u32::from(w1 & (MF | OFFSET) != 0);
+    w.fragment = w1 & 0xffff;
+    w.id = w1 >> 16;
+    w.external = dst;
     if proto != number::ICMP4 && proto != number::TCP && proto != number::UDP {
         return Err(Reason::Nat64Untranslatable);
     }
-    if proto == number::ICMP4 && fragmented {
+    if w.fragmented != 0 && proto == number::ICMP4 {
         return Err(Reason::Nat64Fragment);
     }
-    let next = if proto == number::ICMP4 {
-        number::ICMP6
-    } else {
-        proto
-    };
-    let class = (w0 >> 16) & 0xff;
-    let fragment_key = FragmentKey {
-        src: [0, 0, 0, src],
-        dst: [0, 0, 0, h[4]],
-        id: w1 >> 16,
-        proto,
-    };
-    let fragment_words = [
-        (next << 24 | offset << 3 | u32::from(more)).to_be(),
-        (w1 >> 16).to_be(),
-    ];
-    let from = under_pref64(s, src);
-
-    if offset != 0 {
-        let now = t.now();
-        let known = t
-            .fragment(&fragment_key)
-            .filter(|f| now.wrapping_sub(f.seen) < FRAGMENT_TIMEOUT)
-            .ok_or(Reason::Nat64Fragment)?;
-        fits(p, s, len + SIX + FRAGMENT_HEADER, 0)?;
-        let new = header6(
-            class,
-            len + FRAGMENT_HEADER,
-            number::FRAGMENT,
-            ttl - 1,
-            from,
-            known.addr,
-        );
-        replace(p, header, &new, Some(&fragment_words))?;
-        t.count(Counter::Fragment);
-        t.count(Counter::FourToSix);
-        return Ok(Next::Done(Verdict::Send));
+    if w1 & OFFSET != 0 {
+        return later_fragment(p, t, s, w);
     }
 
-    let mut l4 = [0u32; 4];
     if proto == number::TCP {
-        need(len >= 20 && p.load(header, &mut l4))?;
+        need(len >= 20 && p.load(header, &mut w.l4))?;
     } else {
         let mut two = [0u32; 2];
         need(len >= 8 && p.load(header, &mut two))?;
-        l4[0] = two[0];
-        l4[1] = two[1];
+        w.l4 = [two[0], two[1], 0, 0];
     }
-    let first = u32::from_be(l4[0]);
-    let (icmp_type, port, remote_port) = if proto == number::ICMP4 {
-        (first >> 24, (u32::from_be(l4[1]) >> 16) as u16, 0)
-    } else {
-        (0, first as u16, (first >> 16) as u16)
-    };
-    if proto == number::ICMP4 && icmp_type != ECHO_REQUEST && icmp_type != ECHO_REPLY {
-        if matches!(icmp_type, 3 | 11 | 12) {
-            keep(error, &h, header, len);
-            return Ok(Next::Error);
-        }
-        return Err(Reason::Nat64Untranslatable);
+    let first = u32::from_be(w.l4[0]);
+    if proto != number::ICMP4 {
+        w.kind = 0;
+        w.external_port = first & 0xffff;
+        w.remote_port = first >> 16;
+        return Ok(Step::Next);
     }
+    w.kind = first >> 24;
+    w.external_port = u32::from_be(w.l4[1]) >> 16;
+    w.remote_port = 0;
+    match w.kind {
+        ECHO_REQUEST | ECHO_REPLY => Ok(Step::Next),
+        3 | 11 | 12 => Ok(Step::Error),
+        _ => Err(Reason::Nat64Untranslatable),
+    }
+}
 
-    let flags = (u32::from_be(l4[3]) >> 16) as u8;
-    let inner = if dst == s.mapping.exception_addr {
-        state::exception_in(t, proto, port, src, remote_port, flags)?
-    } else {
-        state::computed_back(s, proto, External { addr: dst, port })
-            .ok_or(Reason::Nat64NoReverse)?
+#[inline(always)]
+fn fragment_key(w: &Work) -> FragmentKey {
+    FragmentKey {
+        src: [0, 0, 0, w.header[3]],
+        dst: [0, 0, 0, w.header[4]],
+        id: w.id,
+        proto: w.proto,
+    }
+}
+
+/// The fragment header.
+#[inline(always)]
+fn fragment_words(w: &Work, next: u32) -> [u32; 2] {
+    let more = u32::from(w.fragment & MF != 0);
+    [
+        (next << 24 | (w.fragment & OFFSET) << 3 | more).to_be(),
+        w.id.to_be(),
+    ]
+}
+
+#[inline(always)]
+fn later_fragment<P: Packet, T: Tables>(
+    p: &mut P,
+    t: &mut T,
+    s: &Settings,
+    w: &Work,
+) -> Result<Step, Reason> {
+    let now = t.now();
+    let known = match t.fragment(&fragment_key(w)) {
+        Some(f) if now.wrapping_sub(f.seen) < FRAGMENT_TIMEOUT => f,
+        _ => return Err(Reason::Nat64Fragment),
     };
+    if !fits(p, s, w.len + SIX + FRAGMENT_HEADER, 0) {
+        return Err(Reason::Nat64TooBig);
+    }
+    let new = header6(
+        (u32::from_be(w.header[0]) >> 16) & 0xff,
+        w.len + FRAGMENT_HEADER,
+        number::FRAGMENT,
+        (u32::from_be(w.header[2]) >> 24) - 1,
+        under_pref64(s, w.header[3]),
+        known.addr,
+    );
+    replace(p, w.at, &new, Some(&fragment_words(w, w.proto)))?;
+    t.count(Counter::Fragment);
+    t.count(Counter::FourToSix);
+    Ok(Step::Done(Verdict::Send))
+}
 
+/// Second step: the IPv6 end of a flow in a port block.
+#[inline(always)]
+pub fn map(s: &Settings, w: &mut Work) -> Result<Step, Reason> {
+    if w.external == s.mapping.exception_addr {
+        return Ok(Step::Exception);
+    }
+    let external = External {
+        addr: w.external,
+        port: w.external_port as u16,
+    };
+    let inner = state::computed_back(s, w.proto, external).ok_or(Reason::Nat64NoReverse)?;
+    w.inner = inner.addr;
+    w.inner_port = u32::from(inner.port);
+    Ok(Step::Next)
+}
+
+/// Second step of a flow in none.
+#[inline(always)]
+pub fn map_exception<T: Tables>(t: &mut T, w: &mut Work) -> Result<Step, Reason> {
+    let flow = state::Flow {
+        proto: w.proto,
+        remote: w.header[3],
+        remote_port: w.remote_port as u16,
+        tcp_flags: (u32::from_be(w.l4[3]) >> 16) as u8,
+    };
+    let inner = state::exception_in(t, &flow, w.external_port as u16)?;
+    w.inner = inner.addr;
+    w.inner_port = u32::from(inner.port);
+    Ok(Step::Next)
+}
+
+/// Third step: the packet becomes IPv6, or is found too big ([`Step::Error`]).
+#[inline(always)]
+pub fn write<P: Packet, T: Tables>(
+    p: &mut P,
+    t: &mut T,
+    s: &Settings,
+    w: &mut Work,
+) -> Result<Step, Reason> {
+    let proto = w.proto;
+    let (header, len) = (w.at, w.len);
+    let src = w.header[3];
+    let from = under_pref64(s, src);
     let l4_header = if proto == number::TCP {
-        (u32::from_be(l4[3]) >> 28) << 2
+        (u32::from_be(w.l4[3]) >> 28) << 2
     } else {
         8
     };
-    let extra = if fragmented { FRAGMENT_HEADER } else { 0 };
-    if fits(p, s, len + SIX + extra, l4_header).is_err() {
-        if w1 & DF == 0 || header != FOUR {
+    let extra = if w.fragmented != 0 {
+        FRAGMENT_HEADER
+    } else {
+        0
+    };
+    if !fits(p, s, len + SIX + extra, l4_header) {
+        if w.fragment & DF == 0 || header != FOUR {
             return Err(Reason::Nat64TooBig);
         }
-        keep(error, &h, 0, total);
-        return Ok(Next::Error);
+        w.at = 0;
+        w.len = len + FOUR;
+        return Ok(Step::Error);
     }
-    if more {
+    if w.fragmented != 0 {
         let seen = t.now();
-        t.fragment_put(
-            &fragment_key,
-            &Fragment {
-                addr: inner.addr,
-                seen,
-            },
-        );
+        let value = Fragment {
+            addr: w.inner,
+            seen,
+        };
+        t.fragment_put(&fragment_key(w), &value);
         t.count(Counter::Fragment);
     }
 
-    let new_addresses = sum::add(sum::of(&from), sum::of(&inner.addr));
-    let word = ports(remote_port, inner.port);
+    let new_addresses = sum::add(sum::of(&from), sum::of(&w.inner));
+    let word = ports(w.remote_port as u16, w.inner_port as u16);
     // A datagram without a checksum gets one: IPv6 wants it (RFC 7915 §4.5).
-    let bare = proto == number::UDP && l4[1] & 0x0000_ffffu32.to_be() == 0;
+    let bare = proto == number::UDP && w.l4[1] & 0x0000_ffffu32.to_be() == 0;
     if bare {
-        let udp_len = u32::from_be(l4[1]) >> 16;
-        if fragmented {
+        let udp_len = u32::from_be(w.l4[1]) >> 16;
+        if w.fragmented != 0 {
             return Err(Reason::Nat64Untranslatable);
         }
         need(udp_len >= 8 && udp_len <= len)?;
@@ -178,7 +236,7 @@ pub(super) fn translate<P: Packet, T: Tables>(
             new_addresses,
             sum::add(udp_len.to_be(), number::UDP.to_be()),
         );
-        let whole = sum::add(sum::add(data, pseudo), sum::delta(word, l4[0]));
+        let whole = sum::add(sum::add(data, pseudo), sum::delta(word, w.l4[0]));
         let value = match !sum::fold(whole) {
             0 => 0xffff,
             v => v,
@@ -186,30 +244,32 @@ pub(super) fn translate<P: Packet, T: Tables>(
         need(p.store_half(header + 6, value))?;
     }
     if proto == number::TCP {
-        clamp_mss(p, header, l4[3], s.mtu)?;
+        clamp_mss(p, header, w.l4[3], s.mtu)?;
     }
 
-    let (payload, next_header) = if fragmented {
-        (len + FRAGMENT_HEADER, number::FRAGMENT)
+    let next = if proto == number::ICMP4 {
+        number::ICMP6
     } else {
-        (len, next)
+        proto
     };
-    let new = header6(class, payload, next_header, ttl - 1, from, inner.addr);
-    let between = if fragmented {
-        Some(&fragment_words)
+    let class = (u32::from_be(w.header[0]) >> 16) & 0xff;
+    let hop = (u32::from_be(w.header[2]) >> 24) - 1;
+    if w.fragmented != 0 {
+        let new = header6(class, len + extra, number::FRAGMENT, hop, from, w.inner);
+        replace(p, header, &new, Some(&fragment_words(w, next)))?;
     } else {
-        None
-    };
-    replace(p, header, &new, between)?;
+        let new = header6(class, len, next, hop, from, w.inner);
+        replace(p, header, &new, None)?;
+    }
     let at = SIX + extra;
     if proto == number::ICMP4 {
-        let new_type: u32 = if icmp_type == ECHO_REQUEST { 128 } else { 129 };
-        let w0 = (new_type << 24).to_be() | l4[0] & 0x0000_ffffu32.to_be();
-        let w1 = (u32::from(inner.port) << 16).to_be() | l4[1] & 0x0000_ffffu32.to_be();
+        let new_type: u32 = if w.kind == ECHO_REQUEST { 128 } else { 129 };
+        let w0 = (new_type << 24).to_be() | w.l4[0] & 0x0000_ffffu32.to_be();
+        let w1 = (w.inner_port << 16).to_be() | w.l4[1] & 0x0000_ffffu32.to_be();
         need(p.store(at, &[w0, w1]))?;
         let come = sum::add(new_addresses, pseudo_icmp6(len));
         need(p.fix_checksum(at + 2, come, true, false))?;
-        let changed = sum::delta(sum::add(w0, w1), sum::add(l4[0], l4[1]));
+        let changed = sum::delta(sum::add(w0, w1), sum::add(w.l4[0], w.l4[1]));
         need(p.fix_checksum(at + 2, changed, false, false))?;
     } else {
         need(p.store(at, &[word]))?;
@@ -219,41 +279,25 @@ pub(super) fn translate<P: Packet, T: Tables>(
             (at + 16, false)
         };
         if !bare {
-            let pseudo = sum::delta(new_addresses, sum::add(src, h[4]));
+            let pseudo = sum::delta(new_addresses, sum::add(src, w.header[4]));
             need(p.fix_checksum(field, pseudo, true, udp))?;
-            need(p.fix_checksum(field, sum::delta(word, l4[0]), false, udp))?;
+            need(p.fix_checksum(field, sum::delta(word, w.l4[0]), false, udp))?;
         }
     }
     t.count(Counter::FourToSix);
-    Ok(Next::Done(Verdict::Send))
-}
-
-/// Hands the packet to the slow half.
-#[inline(always)]
-fn keep(error: &mut ErrorPacket, h: &[u32; 5], at: u32, len: u32) {
-    error.header[0] = h[0];
-    error.header[1] = h[1];
-    error.header[2] = h[2];
-    error.header[3] = h[3];
-    error.header[4] = h[4];
-    error.at = at;
-    error.len = len;
+    Ok(Step::Done(Verdict::Send))
 }
 
 /// Whether the packet, or each segment of a super-packet, fits the uplink as IPv6.
 #[inline(always)]
-fn fits<P: Packet>(p: &P, s: &Settings, total: u32, l4_header: u32) -> Result<(), Reason> {
+fn fits<P: Packet>(p: &P, s: &Settings, total: u32, l4_header: u32) -> bool {
     let segment = p.segment();
     let biggest = if segment == 0 {
         total
     } else {
         SIX + l4_header + segment
     };
-    if biggest > s.mtu {
-        Err(Reason::Nat64TooBig)
-    } else {
-        Ok(())
-    }
+    biggest <= s.mtu
 }
 
 /// A source route is not translated (RFC 7915 §4.1); all other options are dropped silently. Any octet that could be one's

@@ -1,29 +1,38 @@
 //! From pod to pod through the pool (RFC 6146 §3.8): both translations at once, the packet stays IPv6.
 
 use super::state;
-use super::{Packet, SIX, Tables, header6, need, number, ports, sum, under_pref64};
+use super::{
+    Packet, SIX, Step, Tables, Verdict, Work, header6, need, number, ports, sum, under_pref64,
+};
 use crate::nat64::{Counter, External, Settings};
 use crate::reason::Reason;
 
-/// Rewrites a TCP or UDP packet without extension headers. `word`: its ports.
+/// Rewrites a TCP or UDP packet without extension headers.
 #[inline(always)]
 pub(super) fn turn<P: Packet, T: Tables>(
     p: &mut P,
     t: &mut T,
     s: &Settings,
-    h: &[u32; 10],
-    proto: u32,
-    word: u32,
-    tcp_flags: u8,
-    external: External,
-) -> Result<(), Reason> {
+    w: &Work,
+) -> Result<Step, Reason> {
+    let h = &w.header;
+    let proto = w.proto;
+    if w.at != SIX || proto == number::ICMP4 {
+        return Err(Reason::Nat64NoReverse);
+    }
     let target = External {
         addr: u32::from_be(h[9]),
-        port: u32::from_be(word) as u16,
+        port: w.remote_port as u16,
     };
-    let from = external.addr.to_be();
+    let from = w.external.to_be();
     let inner = if target.addr == s.mapping.exception_addr {
-        state::exception_in(t, proto, target.port, from, external.port, tcp_flags)?
+        let flow = state::Flow {
+            proto,
+            remote: from,
+            remote_port: w.external_port as u16,
+            tcp_flags: (u32::from_be(w.l4[3]) >> 16) as u8,
+        };
+        state::exception_in(t, &flow, target.port)?
     } else {
         state::computed_back(s, proto, target).ok_or(Reason::Nat64NoReverse)?
     };
@@ -36,7 +45,8 @@ pub(super) fn turn<P: Packet, T: Tables>(
         under_pref64(s, from),
         inner.addr,
     );
-    let new_word = ports(external.port, inner.port);
+    let word = w.l4[0];
+    let new_word = ports(w.external_port as u16, inner.port);
     need(p.store(0, &new) && p.store(SIX, &[new_word]))?;
     let old_sum = sum::of(&[h[2], h[3], h[4], h[5], h[6], h[7], h[8], h[9]]);
     let new_sum = sum::of(&[
@@ -50,5 +60,5 @@ pub(super) fn turn<P: Packet, T: Tables>(
     need(p.fix_checksum(at, sum::delta(new_sum, old_sum), true, udp))?;
     need(p.fix_checksum(at, sum::delta(new_word, word), false, udp))?;
     t.count(Counter::Hairpin);
-    Ok(())
+    Ok(Step::Done(Verdict::Send))
 }

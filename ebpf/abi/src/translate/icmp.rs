@@ -7,7 +7,7 @@
 
 use super::state::{self, Inner};
 use super::{
-    ErrorPacket, FOUR, MIN_MTU, Packet, SIX, Tables, Verdict, header4, header6, may_cross, need,
+    FOUR, MIN_MTU, Packet, SIX, Step, Tables, Verdict, Work, header4, header6, may_cross, need,
     number, ports, pseudo_icmp6, sum, under_pref64,
 };
 use crate::nat64::{Counter, External, Settings};
@@ -175,14 +175,14 @@ fn inner_checksum<P: Packet>(
     Ok(())
 }
 
-/// Translates an ICMPv6 error. `e` as the plain half filled it.
+/// Translates an ICMPv6 error. `e` as the first step filled it.
 #[inline(always)]
 pub fn error_to_four<P: Packet, T: Tables>(
     p: &mut P,
     t: &mut T,
     s: &Settings,
-    e: &ErrorPacket,
-) -> Result<Verdict, Reason> {
+    e: &Work,
+) -> Result<Step, Reason> {
     let h = &e.header;
     need(e.len >= ICMP + SIX + 8)?;
     let addresses = sum::of(&[h[2], h[3], h[4], h[5], h[6], h[7], h[8], h[9]]);
@@ -299,17 +299,17 @@ pub fn error_to_four<P: Packet, T: Tables>(
     need(p.store_half(FOUR + 2, !sum::fold(whole)))?;
     t.count(Counter::IcmpError);
     t.count(Counter::SixToFour);
-    Ok(Verdict::Send)
+    Ok(Step::Done(Verdict::Send))
 }
 
-/// Translates an ICMPv4 error, or answers a packet that is too big. `e` as the plain half filled it.
+/// Translates an ICMPv4 error, or answers a packet that is too big. `e` as the first step filled it.
 #[inline(always)]
 pub fn error_to_six<P: Packet, T: Tables>(
     p: &mut P,
     t: &mut T,
     s: &Settings,
-    e: &ErrorPacket,
-) -> Result<Verdict, Reason> {
+    e: &Work,
+) -> Result<Step, Reason> {
     if e.at == 0 {
         return too_big(p, t, s, e);
     }
@@ -424,7 +424,7 @@ pub fn error_to_six<P: Packet, T: Tables>(
     need(p.store_half(SIX + 2, !sum::fold(whole)))?;
     t.count(Counter::IcmpError);
     t.count(Counter::FourToSix);
-    Ok(Verdict::Send)
+    Ok(Step::Done(Verdict::Send))
 }
 
 /// Octets of the inner packet's payload that go into the translation: what came, without an extension or padding, and no
@@ -451,8 +451,8 @@ fn too_big<P: Packet, T: Tables>(
     p: &mut P,
     t: &mut T,
     s: &Settings,
-    e: &ErrorPacket,
-) -> Result<Verdict, Reason> {
+    e: &Work,
+) -> Result<Step, Reason> {
     let h = &e.header;
     let quote = if e.len < QUOTED { e.len } else { QUOTED };
     let outer = header4(
@@ -475,5 +475,5 @@ fn too_big<P: Packet, T: Tables>(
     let whole = p.sum(FOUR, ICMP + quote).ok_or(Reason::Malformed)?;
     need(p.store_half(FOUR + 2, !sum::fold(whole)))?;
     t.count(Counter::TooBig);
-    Ok(Verdict::Send)
+    Ok(Step::Done(Verdict::Send))
 }

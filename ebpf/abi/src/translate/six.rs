@@ -1,12 +1,12 @@
 //! IPv6 to IPv4 (RFC 7915 §5): everything but ICMP errors.
 
-use super::state::{self, Inner};
+use super::state;
 use super::{
-    ErrorPacket, FOUR, Next, Packet, SIX, Tables, Verdict, clamp_mss, header4, may_cross, need,
-    number, ports, pseudo_icmp6, sum,
+    FOUR, Packet, SIX, Step, Tables, Verdict, Work, clamp_mss, header4, may_cross, need, number,
+    ports, pseudo_icmp6, sum,
 };
 use crate::nat64::bib::{FRAGMENT_TIMEOUT, Fragment, FragmentKey};
-use crate::nat64::{Counter, External, Settings};
+use crate::nat64::{Counter, Settings};
 use crate::reason::Reason;
 
 /// Extension headers that are skipped. Limit: the verifier walks each.
@@ -74,39 +74,41 @@ fn extensions<P: Packet>(p: &mut P, first: u32) -> Result<Extensions, Reason> {
     Ok(x)
 }
 
+/// The words that are the packet's addresses, summed.
 #[inline(always)]
-pub(super) fn translate<P: Packet, T: Tables>(
+fn addresses(h: &[u32; 10]) -> u32 {
+    sum::of(&[h[2], h[3], h[4], h[5], h[6], h[7], h[8], h[9]])
+}
+
+/// First step: whether the packet is ours, and what it is. Later fragments are done here.
+#[inline(always)]
+pub fn parse<P: Packet, T: Tables>(
     p: &mut P,
     t: &mut T,
     s: &Settings,
-    error: &mut ErrorPacket,
-) -> Result<Next, Reason> {
-    let h = &mut error.header;
+    w: &mut Work,
+) -> Result<Step, Reason> {
+    let h = &mut w.header;
     if !p.load(0, h)
         || h[6] != s.pref64[0]
         || h[7] != s.pref64[1]
         || h[8] != s.pref64[2]
         || u32::from_be(h[0]) >> 28 != 6
     {
-        return Ok(Next::Done(Verdict::Pass));
+        return Ok(Step::Done(Verdict::Pass));
     }
-    let src = [h[2], h[3], h[4], h[5]];
-    let dst = h[9];
-    let from_pref64 = src[0] == s.pref64[0] && src[1] == s.pref64[1] && src[2] == s.pref64[2];
-    let from_group = u32::from_be(src[0]) >> 24 == 0xff;
-    if from_pref64 || from_group || !may_cross(u32::from_be(dst), s) {
+    let from_pref64 = h[2] == s.pref64[0] && h[3] == s.pref64[1] && h[4] == s.pref64[2];
+    let from_group = u32::from_be(h[2]) >> 24 == 0xff;
+    if from_pref64 || from_group || !may_cross(u32::from_be(h[9]), s) {
         return Err(Reason::Nat64Untranslatable);
     }
-    let class = (u32::from_be(h[0]) >> 20) & 0xff;
     let w1 = u32::from_be(h[1]);
     let total = (w1 >> 16) + SIX;
-    let hop = w1 & 0xff;
     need(p.len() >= total)?;
-    if hop <= 1 {
+    if w1 & 0xff <= 1 {
         t.count(Counter::ToStack);
-        return Ok(Next::Done(Verdict::ToStack));
+        return Ok(Step::Done(Verdict::ToStack));
     }
-    let addresses = sum::of(&[src[0], src[1], src[2], src[3], h[6], h[7], h[8], dst]);
 
     let x = extensions(p, (w1 >> 8) & 0xff)?;
     need(x.at <= total)?;
@@ -116,115 +118,178 @@ pub(super) fn translate<P: Packet, T: Tables>(
     } else {
         x.next
     };
-    if proto == number::ICMP4 && x.fragmented != 0 && x.offset & 0xfff9 != 0 {
-        return Err(Reason::Nat64Fragment);
-    }
     if proto != number::ICMP4 && proto != number::TCP && proto != number::UDP {
         return Err(Reason::Nat64Untranslatable);
     }
-    let fragment = FragmentKey {
-        src,
-        dst: [s.pref64[0], s.pref64[1], s.pref64[2], dst],
-        id: x.id,
-        proto,
-    };
-    let id_and_flags = (u32::from_be(x.id) & 0xffff) << 16 | (x.offset & 1) << 13 | x.offset >> 3;
-
+    w.at = x.at;
+    w.len = len;
+    w.proto = proto;
+    w.fragmented = x.fragmented;
+    w.fragment = x.offset;
+    w.id = x.id;
+    w.inner = [w.header[2], w.header[3], w.header[4], w.header[5]];
+    if x.offset & 0xfff9 != 0 && proto == number::ICMP4 {
+        return Err(Reason::Nat64Fragment);
+    }
     if x.offset >> 3 != 0 {
-        let now = t.now();
-        let from = match t.fragment(&fragment) {
-            Some(f) if now.wrapping_sub(f.seen) < FRAGMENT_TIMEOUT => f.addr[3],
-            // The address of a block does not depend on the port: right for every flow that is no exception.
-            _ => state::slot(s, &src)
-                .and_then(|slot| s.mapping.block(slot))
-                .map(|(addr, _)| addr.to_be())
-                .ok_or(Reason::Nat64Fragment)?,
-        };
-        let new = header4(class, len + FOUR, id_and_flags, hop - 1, proto, from, dst);
-        replace(p, x.at, &new)?;
-        t.count(Counter::Fragment);
-        t.count(Counter::SixToFour);
-        return Ok(Next::Done(Verdict::Send));
+        return later_fragment(p, t, s, w);
     }
 
     // The transport header. Two words are enough but for TCP, whose flags stand in the fourth.
-    let mut l4 = [0u32; 4];
     if proto == number::TCP {
-        need(len >= 20 && p.load(x.at, &mut l4))?;
+        need(len >= 20 && p.load(x.at, &mut w.l4))?;
     } else {
         let mut two = [0u32; 2];
         need(len >= 8 && p.load(x.at, &mut two))?;
-        l4[0] = two[0];
-        l4[1] = two[1];
+        w.l4 = [two[0], two[1], 0, 0];
     }
-    let first = u32::from_be(l4[0]);
-    let (icmp_type, port, remote_port) = if proto == number::ICMP4 {
-        (first >> 24, (u32::from_be(l4[1]) >> 16) as u16, 0)
-    } else {
-        (0, (first >> 16) as u16, first as u16)
-    };
-    if proto == number::ICMP4 && icmp_type != ECHO_REQUEST && icmp_type != ECHO_REPLY {
-        if (1..=4).contains(&icmp_type) {
-            error.at = x.at;
-            error.len = len;
-            return Ok(Next::Error);
-        }
-        return Err(Reason::Nat64Untranslatable);
+    let first = u32::from_be(w.l4[0]);
+    if proto != number::ICMP4 {
+        w.kind = 0;
+        w.inner_port = first >> 16;
+        w.remote_port = first & 0xffff;
+        return Ok(Step::Next);
     }
+    w.kind = first >> 24;
+    w.inner_port = u32::from_be(w.l4[1]) >> 16;
+    w.remote_port = 0;
+    match w.kind {
+        ECHO_REQUEST | ECHO_REPLY => Ok(Step::Next),
+        1..=4 => Ok(Step::Error),
+        _ => Err(Reason::Nat64Untranslatable),
+    }
+}
 
-    let flags = (u32::from_be(l4[3]) >> 16) as u8;
-    let inner = Inner { addr: src, port };
-    let external = match state::computed(s, proto, &inner) {
-        Some(e) => e,
-        None => {
-            let may_open = icmp_type != ECHO_REPLY;
-            state::exception_out(t, s, proto, &inner, dst, remote_port, flags, may_open)?
-        }
+#[inline(always)]
+fn fragment_key(s: &Settings, w: &Work) -> FragmentKey {
+    FragmentKey {
+        src: w.inner,
+        dst: [s.pref64[0], s.pref64[1], s.pref64[2], w.header[9]],
+        id: w.id,
+        proto: w.proto,
+    }
+}
+
+/// Identification and fragment field of the IPv4 header.
+#[inline(always)]
+fn id_and_fragment(w: &Work) -> u32 {
+    (u32::from_be(w.id) & 0xffff) << 16 | (w.fragment & 1) << 13 | w.fragment >> 3
+}
+
+#[inline(always)]
+fn later_fragment<P: Packet, T: Tables>(
+    p: &mut P,
+    t: &mut T,
+    s: &Settings,
+    w: &Work,
+) -> Result<Step, Reason> {
+    let now = t.now();
+    let from = match t.fragment(&fragment_key(s, w)) {
+        Some(f) if now.wrapping_sub(f.seen) < FRAGMENT_TIMEOUT => f.addr[3],
+        // The address of a block does not depend on the port: right for every flow that is no exception.
+        _ => state::slot(s, &w.inner)
+            .and_then(|slot| s.mapping.block(slot))
+            .map(|(addr, _)| addr.to_be())
+            .ok_or(Reason::Nat64Fragment)?,
     };
-    if proto == number::TCP {
-        clamp_mss(p, x.at, l4[3], s.mtu)?;
-    }
-    if s.mapping.pool.index(u32::from_be(dst)).is_some() {
-        if x.at != SIX || proto == number::ICMP4 {
-            return Err(Reason::Nat64NoReverse);
+    let class = (u32::from_be(w.header[0]) >> 20) & 0xff;
+    let hop = u32::from_be(w.header[1]) & 0xff;
+    let new = header4(
+        class,
+        w.len + FOUR,
+        id_and_fragment(w),
+        hop - 1,
+        w.proto,
+        from,
+        w.header[9],
+    );
+    replace(p, w.at, &new)?;
+    t.count(Counter::Fragment);
+    t.count(Counter::SixToFour);
+    Ok(Step::Done(Verdict::Send))
+}
+
+/// Second step: the external address of a flow in a port block.
+#[inline(always)]
+pub fn map(s: &Settings, w: &mut Work) -> Result<Step, Reason> {
+    match state::computed(s, w.proto, &w.inner, w.inner_port) {
+        Some(e) => {
+            w.external = e.addr;
+            w.external_port = u32::from(e.port);
+            Ok(Step::Next)
         }
-        super::hairpin::turn(p, t, s, h, proto, l4[0], flags, external)?;
-        return Ok(Next::Done(Verdict::Send));
+        None => Ok(Step::Exception),
     }
-    if x.fragmented != 0 && x.offset & 1 != 0 {
+}
+
+/// Second step of a flow in none.
+#[inline(always)]
+pub fn map_exception<T: Tables>(t: &mut T, s: &Settings, w: &mut Work) -> Result<Step, Reason> {
+    let may_open = w.kind != ECHO_REPLY;
+    let flow = state::Flow {
+        proto: w.proto,
+        remote: w.header[9],
+        remote_port: w.remote_port as u16,
+        tcp_flags: (u32::from_be(w.l4[3]) >> 16) as u8,
+    };
+    let port = state::exception_out(t, s, &flow, &w.inner, w.inner_port, may_open)?;
+    w.external = s.mapping.exception_addr;
+    w.external_port = u32::from(port);
+    Ok(Step::Next)
+}
+
+/// Third step: the packet becomes IPv4, or turns back to a pod.
+#[inline(always)]
+pub fn write<P: Packet, T: Tables>(
+    p: &mut P,
+    t: &mut T,
+    s: &Settings,
+    w: &Work,
+) -> Result<Step, Reason> {
+    let h = &w.header;
+    let proto = w.proto;
+    if proto == number::TCP {
+        clamp_mss(p, w.at, w.l4[3], s.mtu)?;
+    }
+    if s.mapping.pool.index(u32::from_be(h[9])).is_some() {
+        return super::hairpin::turn(p, t, s, w);
+    }
+    if w.fragment & 1 != 0 {
         let seen = t.now();
-        let addr = [0, 0, 0, external.addr.to_be()];
-        t.fragment_put(&fragment, &Fragment { addr, seen });
+        let addr = [0, 0, 0, w.external.to_be()];
+        t.fragment_put(&fragment_key(s, w), &Fragment { addr, seen });
         t.count(Counter::Fragment);
     }
-
-    let total4 = len + FOUR;
-    let id_and_flags = if x.fragmented != 0 {
-        id_and_flags
+    let total4 = w.len + FOUR;
+    let id = if w.fragmented != 0 {
+        id_and_fragment(w)
     } else if total4 > DF_ABOVE {
         0x4000
     } else {
         t.random() << 16
     };
-    let from = external.addr.to_be();
-    let new = header4(class, total4, id_and_flags, hop - 1, proto, from, dst);
-    replace(p, x.at, &new)?;
+    let (from, dst) = (w.external.to_be(), h[9]);
+    let class = (u32::from_be(h[0]) >> 20) & 0xff;
+    let hop = u32::from_be(h[1]) & 0xff;
+    let new = header4(class, total4, id, hop - 1, proto, from, dst);
+    let gone = addresses(h);
+    replace(p, w.at, &new)?;
     if proto == number::ICMP4 {
-        echo(p, &l4, icmp_type, external, addresses, len)?;
+        echo(p, w, gone)?;
     } else {
-        let word = ports(external.port, remote_port);
+        let word = ports(w.external_port as u16, w.remote_port as u16);
         need(p.store(FOUR, &[word]))?;
         let (at, udp) = if proto == number::UDP {
             (FOUR + 6, true)
         } else {
             (FOUR + 16, false)
         };
-        let pseudo = sum::delta(sum::add(from, dst), addresses);
+        let pseudo = sum::delta(sum::add(from, dst), gone);
         need(p.fix_checksum(at, pseudo, true, udp))?;
-        need(p.fix_checksum(at, sum::delta(word, l4[0]), false, udp))?;
+        need(p.fix_checksum(at, sum::delta(word, w.l4[0]), false, udp))?;
     }
     t.count(Counter::SixToFour);
-    Ok(Next::Done(Verdict::Send))
+    Ok(Step::Done(Verdict::Send))
 }
 
 /// Puts an IPv4 header in the place of the IPv6 header and its extensions, which end at `at`.
@@ -238,21 +303,14 @@ pub(super) fn replace<P: Packet>(p: &mut P, at: u32, new: &[u32; 5]) -> Result<(
 }
 
 #[inline(always)]
-fn echo<P: Packet>(
-    p: &mut P,
-    l4: &[u32; 4],
-    icmp_type: u32,
-    external: External,
-    addresses: u32,
-    len: u32,
-) -> Result<(), Reason> {
-    let new_type: u32 = if icmp_type == ECHO_REQUEST { 8 } else { 0 };
-    let w0 = (new_type << 24).to_be() | l4[0] & 0x0000_ffffu32.to_be();
-    let w1 = (u32::from(external.port) << 16).to_be() | l4[1] & 0x0000_ffffu32.to_be();
+fn echo<P: Packet>(p: &mut P, w: &Work, addresses: u32) -> Result<(), Reason> {
+    let new_type: u32 = if w.kind == ECHO_REQUEST { 8 } else { 0 };
+    let w0 = (new_type << 24).to_be() | w.l4[0] & 0x0000_ffffu32.to_be();
+    let w1 = (w.external_port << 16).to_be() | w.l4[1] & 0x0000_ffffu32.to_be();
     need(p.store(FOUR, &[w0, w1]))?;
     // ICMPv4's checksum has no pseudo-header: the whole of ICMPv6's goes.
-    let gone = sum::add(addresses, pseudo_icmp6(len));
+    let gone = sum::add(addresses, pseudo_icmp6(w.len));
     need(p.fix_checksum(FOUR + 2, sum::delta(0, gone), true, false))?;
-    let changed = sum::delta(sum::add(w0, w1), sum::add(l4[0], l4[1]));
+    let changed = sum::delta(sum::add(w0, w1), sum::add(w.l4[0], w.l4[1]));
     need(p.fix_checksum(FOUR + 2, changed, false, false))
 }

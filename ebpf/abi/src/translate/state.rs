@@ -16,6 +16,17 @@ pub(crate) struct Inner {
     pub(crate) port: u16,
 }
 
+/// What a session is about, besides the IPv6 end.
+pub(crate) struct Flow {
+    pub(crate) proto: u32,
+    /// The IPv4 end, as it lies in memory.
+    pub(crate) remote: u32,
+    /// Its port, as a number; 0 for ICMP.
+    pub(crate) remote_port: u16,
+    /// The flags octet; 0 unless TCP.
+    pub(crate) tcp_flags: u8,
+}
+
 /// The slot of an address under the pod prefix.
 #[inline(always)]
 pub(crate) fn slot(s: &Settings, addr: &[u32; 4]) -> Option<u32> {
@@ -30,11 +41,11 @@ pub(crate) fn slot(s: &Settings, addr: &[u32; 4]) -> Option<u32> {
 
 /// The computed external address of an IPv6 end, if a block covers it.
 #[inline(always)]
-pub(crate) fn computed(s: &Settings, proto: u32, inner: &Inner) -> Option<External> {
+pub(crate) fn computed(s: &Settings, proto: u32, addr: &[u32; 4], port: u32) -> Option<External> {
     if proto == number::ICMP4 {
         return None;
     }
-    s.mapping.forward(slot(s, &inner.addr)?, inner.port)
+    s.mapping.forward(slot(s, addr)?, port as u16)
 }
 
 /// The computed IPv6 end of an external address.
@@ -63,10 +74,10 @@ pub(crate) fn peek_out<T: Tables>(
     proto: u32,
     inner: &Inner,
 ) -> Option<External> {
-    if let Some(e) = computed(s, proto, inner) {
+    if let Some(e) = computed(s, proto, &inner.addr, u32::from(inner.port)) {
         return Some(e);
     }
-    let found = t.bib6(&key6(proto, inner))?;
+    let found = t.bib6(&key6(proto, &inner.addr, inner.port))?;
     Some(External {
         addr: s.mapping.exception_addr,
         port: found.port,
@@ -91,55 +102,34 @@ pub(crate) fn peek_in<T: Tables>(
     })
 }
 
-/// The external address for a packet from IPv6 that no block covers: its BIB entry, made if `may_open`, and its session kept.
-/// `remote` and `remote_port`: the IPv4 end as it lies in memory and as a number (0 for ICMP).
+/// The external port of a packet from IPv6 that no block covers: its BIB entry, made if `may_open`, and its session kept.
 #[inline(always)]
 pub(crate) fn exception_out<T: Tables>(
     t: &mut T,
     s: &Settings,
-    proto: u32,
-    inner: &Inner,
-    remote: u32,
-    remote_port: u16,
-    tcp_flags: u8,
+    flow: &Flow,
+    addr: &[u32; 4],
+    inner_port: u32,
     may_open: bool,
-) -> Result<External, Reason> {
-    let key = key6(proto, inner);
+) -> Result<u16, Reason> {
+    let key = key6(flow.proto, addr, inner_port as u16);
     let port = match t.bib6(&key) {
         Some(found) => found.port,
-        None if may_open => open(t, s, proto, tcp_flags, &key)?,
+        None if may_open => open(t, s, flow, &key)?,
         None => return Err(Reason::Nat64NoMapping),
     };
-    keep(
-        t,
-        &session(proto, remote, remote_port, port),
-        Side::Six,
-        tcp_flags,
-    )?;
+    keep(t, flow, port, Side::Six)?;
     t.count(Counter::Exception);
-    Ok(External {
-        addr: s.mapping.exception_addr,
-        port,
-    })
+    Ok(port)
 }
 
 /// The IPv6 end for a packet from IPv4 to the exceptions' address, its session kept.
 #[inline(always)]
-pub(crate) fn exception_in<T: Tables>(
-    t: &mut T,
-    proto: u32,
-    port: u16,
-    remote: u32,
-    remote_port: u16,
-    tcp_flags: u8,
-) -> Result<Inner, Reason> {
-    let found = t.bib4(&key4(proto, port)).ok_or(Reason::Nat64NoReverse)?;
-    keep(
-        t,
-        &session(proto, remote, remote_port, port),
-        Side::Four,
-        tcp_flags,
-    )?;
+pub(crate) fn exception_in<T: Tables>(t: &mut T, flow: &Flow, port: u16) -> Result<Inner, Reason> {
+    let found = t
+        .bib4(&key4(flow.proto, port))
+        .ok_or(Reason::Nat64NoReverse)?;
+    keep(t, flow, port, Side::Four)?;
     t.count(Counter::Exception);
     Ok(Inner {
         addr: found.addr,
@@ -149,21 +139,15 @@ pub(crate) fn exception_in<T: Tables>(
 
 /// Takes a free port of the slice.
 #[inline(always)]
-fn open<T: Tables>(
-    t: &mut T,
-    s: &Settings,
-    proto: u32,
-    tcp_flags: u8,
-    key: &Bib6,
-) -> Result<u16, Reason> {
-    if proto == number::TCP && State::tcp_open(Side::Six, tcp_flags).is_none() {
+fn open<T: Tables>(t: &mut T, s: &Settings, flow: &Flow, key: &Bib6) -> Result<u16, Reason> {
+    if flow.proto == number::TCP && State::tcp_open(Side::Six, flow.tcp_flags).is_none() {
         return Err(Reason::Nat64NoMapping);
     }
     let start = t.random();
     for i in 0..bib::PORT_TRIES {
         let port =
             (s.mapping.slice_first + start.wrapping_add(i) % s.mapping.slice_count.max(1)) as u16;
-        let candidate = key4(proto, port);
+        let candidate = key4(flow.proto, port);
         if !t.bib4_add(&candidate, key) {
             continue;
         }
@@ -183,11 +167,18 @@ fn open<T: Tables>(
 
 /// Opens, advances or refreshes a session (RFC 6146 §3.5).
 #[inline(always)]
-fn keep<T: Tables>(t: &mut T, key: &SessionKey, side: Side, tcp_flags: u8) -> Result<(), Reason> {
+fn keep<T: Tables>(t: &mut T, flow: &Flow, port: u16, side: Side) -> Result<(), Reason> {
+    let tcp_flags = flow.tcp_flags;
+    let key = SessionKey {
+        remote: flow.remote,
+        remote_port: flow.remote_port,
+        port,
+        proto: flow.proto,
+    };
     let now = t.now();
     let tcp = key.proto == number::TCP;
     // Plain values instead of an Option: the verifier refuses registers that only one arm has set.
-    let (known, was, until) = match t.session(key) {
+    let (known, was, until) = match t.session(&key) {
         Some(o) if !o.expired(now) => (true, o.state, o.until),
         _ => (false, 0, 0),
     };
@@ -216,7 +207,7 @@ fn keep<T: Tables>(t: &mut T, key: &SessionKey, side: Side, tcp_flags: u8) -> Re
     if known && new.state == was && new.until.wrapping_sub(until) < REFRESH {
         return Ok(());
     }
-    if t.session_put(key, &new) {
+    if t.session_put(&key, &new) {
         Ok(())
     } else {
         Err(Reason::FlowTableFull)
@@ -224,10 +215,10 @@ fn keep<T: Tables>(t: &mut T, key: &SessionKey, side: Side, tcp_flags: u8) -> Re
 }
 
 #[inline(always)]
-fn key6(proto: u32, inner: &Inner) -> Bib6 {
+fn key6(proto: u32, addr: &[u32; 4], port: u16) -> Bib6 {
     Bib6 {
-        addr: inner.addr,
-        port: inner.port,
+        addr: *addr,
+        port,
         proto: proto as u8,
         pad: 0,
     }
@@ -239,15 +230,5 @@ fn key4(proto: u32, port: u16) -> Bib4 {
         port,
         proto: proto as u8,
         pad: 0,
-    }
-}
-
-#[inline(always)]
-fn session(proto: u32, remote: u32, remote_port: u16, port: u16) -> SessionKey {
-    SessionKey {
-        remote,
-        remote_port,
-        port,
-        proto,
     }
 }

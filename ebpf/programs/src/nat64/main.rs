@@ -17,9 +17,7 @@ use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use kun_ebpf_abi::nat64::Settings;
-use kun_ebpf_abi::translate::{
-    ErrorPacket, Verdict, error_to_four, error_to_six, four_to_six_plain, six_to_four_plain,
-};
+use kun_ebpf_abi::translate::{Step, Verdict, Work, error_to_four, error_to_six, four, six};
 
 use crate::skb::Skb;
 use crate::tables::Maps;
@@ -28,9 +26,6 @@ kun_ebpf_programs::license!();
 
 const ETH_P_IP: u32 = (0x0800u16).to_be() as u32;
 const ETH_P_IPV6: u32 = (0x86ddu16).to_be() as u32;
-
-/// What the plain half leaves to the other.
-const SLOW: u32 = u32::MAX;
 
 /// Uplink, ingress: translates what is under Pref64 or to the pool, passes on the rest.
 #[classifier]
@@ -41,24 +36,51 @@ pub fn nat64_uplink(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
     // SAFETY: the kernel passes a valid context.
     let protocol = unsafe { (*skb).protocol };
-    // In a map, not on the stack: there the verifier forgets what each path of the plain half knew about it, and goes through
-    // the slow half once instead of once for each.
-    let Some(error) = tables::error_packet() else {
+    let Some(w) = tables::work() else {
         return TC_ACT_UNSPEC;
     };
-    let mut code = match protocol {
-        ETH_P_IPV6 => six(skb, s, error),
-        ETH_P_IP => four(skb, s, error),
+    let code = match protocol {
+        ETH_P_IPV6 => from_six(skb, s, w),
+        ETH_P_IP => from_four(skb, s, w),
         _ => return TC_ACT_UNSPEC,
     };
-    if code == SLOW {
-        code = if protocol == ETH_P_IPV6 {
-            six_error(skb, s, error)
-        } else {
-            four_error(skb, s, error)
-        };
-    }
     finish(code, s)
+}
+
+#[inline(always)]
+fn from_six(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
+    let mut code = six_parse(skb, s, w);
+    if code == Step::ERROR {
+        return six_error(skb, s, w);
+    }
+    if code == Step::NEXT {
+        code = six_map(s, w);
+    }
+    if code == Step::EXCEPTION {
+        code = six_exception(s, w);
+    }
+    if code == Step::NEXT {
+        code = six_write(skb, s, w);
+    }
+    code
+}
+
+#[inline(always)]
+fn from_four(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
+    let mut code = four_parse(skb, s, w);
+    if code == Step::NEXT {
+        code = four_map(s, w);
+    }
+    if code == Step::EXCEPTION {
+        code = four_exception(w);
+    }
+    if code == Step::NEXT {
+        code = four_write(skb, s, w);
+    }
+    if code == Step::ERROR {
+        code = four_error(skb, s, w);
+    }
+    code
 }
 
 #[inline(always)]
@@ -77,28 +99,55 @@ fn finish(code: u32, s: &Settings) -> i32 {
     }
 }
 
-// One function each: the kernel gives a chain of calls 512 octets of stack, and siblings share them.
+// One function each, with what they tell each other in a map: the verifier goes through each once, and the kernel gives a chain
+// of calls 512 octets of stack, which siblings share.
 
 #[inline(never)]
-fn six(skb: *mut __sk_buff, s: &Settings, error: &mut ErrorPacket) -> u32 {
-    six_to_four_plain(&mut Skb(skb), &mut Maps, s, error).map_or(SLOW, Verdict::code)
+fn six_parse(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
+    Step::of(six::parse(&mut Skb(skb), &mut Maps, s, w)).code()
 }
 
 #[inline(never)]
-fn four(skb: *mut __sk_buff, s: &Settings, error: &mut ErrorPacket) -> u32 {
-    four_to_six_plain(&mut Skb(skb), &mut Maps, s, error).map_or(SLOW, Verdict::code)
+fn six_map(s: &Settings, w: &mut Work) -> u32 {
+    Step::of(six::map(s, w)).code()
 }
 
 #[inline(never)]
-fn six_error(skb: *mut __sk_buff, s: &Settings, error: &ErrorPacket) -> u32 {
-    error_to_four(&mut Skb(skb), &mut Maps, s, error)
-        .unwrap_or_else(Verdict::Drop)
-        .code()
+fn six_exception(s: &Settings, w: &mut Work) -> u32 {
+    Step::of(six::map_exception(&mut Maps, s, w)).code()
 }
 
 #[inline(never)]
-fn four_error(skb: *mut __sk_buff, s: &Settings, error: &ErrorPacket) -> u32 {
-    error_to_six(&mut Skb(skb), &mut Maps, s, error)
-        .unwrap_or_else(Verdict::Drop)
-        .code()
+fn six_write(skb: *mut __sk_buff, s: &Settings, w: &Work) -> u32 {
+    Step::of(six::write(&mut Skb(skb), &mut Maps, s, w)).code()
+}
+
+#[inline(never)]
+fn six_error(skb: *mut __sk_buff, s: &Settings, w: &Work) -> u32 {
+    Step::of(error_to_four(&mut Skb(skb), &mut Maps, s, w)).code()
+}
+
+#[inline(never)]
+fn four_parse(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
+    Step::of(four::parse(&mut Skb(skb), &mut Maps, s, w)).code()
+}
+
+#[inline(never)]
+fn four_map(s: &Settings, w: &mut Work) -> u32 {
+    Step::of(four::map(s, w)).code()
+}
+
+#[inline(never)]
+fn four_exception(w: &mut Work) -> u32 {
+    Step::of(four::map_exception(&mut Maps, w)).code()
+}
+
+#[inline(never)]
+fn four_write(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
+    Step::of(four::write(&mut Skb(skb), &mut Maps, s, w)).code()
+}
+
+#[inline(never)]
+fn four_error(skb: *mut __sk_buff, s: &Settings, w: &Work) -> u32 {
+    Step::of(error_to_six(&mut Skb(skb), &mut Maps, s, w)).code()
 }

@@ -169,20 +169,21 @@ fn sum_octets(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
     };
     let start: *mut u8 = buffer.cast();
     let mut o = at + ETHERNET;
-    let mut left = u64::from(len);
+    let mut left = len;
     let mut total = 0u32;
     for _ in 0..=MAX_SUM / STEP {
-        let n = if left > u64::from(STEP) {
-            u64::from(STEP)
-        } else {
-            left
-        };
-        if n == 0 {
+        if left == 0 {
             break;
         }
+        let most = if left > STEP { STEP } else { left };
+        // The compiler knows that this changes nothing and would leave it out, but verifiers before 6.8 do not know that a
+        // number that is not 0 is at least 1: so it goes through memory.
+        let mut less = [most - 1];
+        Skb(skb).forget(&mut less);
+        let n = (less[0] & (STEP - 1)) + 1;
         // SAFETY: n is at most STEP, and the buffer is four octets longer; the helpers check the packet's end.
         let sum = unsafe {
-            if bpf_skb_load_bytes(skb.cast(), o, buffer.cast(), n as u32) != 0 {
+            if bpf_skb_load_bytes(skb.cast(), o, buffer.cast(), n) != 0 {
                 return FAILED;
             }
             // What is left of the last word counts as zero.
@@ -194,7 +195,7 @@ fn sum_octets(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
                 core::ptr::null_mut(),
                 0,
                 buffer.cast(),
-                (n as u32 + 3) & !3,
+                (n + 3) & !3,
                 0,
             )
         };

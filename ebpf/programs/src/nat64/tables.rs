@@ -9,7 +9,7 @@ use kun_ebpf_abi::nat64::bib::{
 };
 use kun_ebpf_abi::nat64::{COUNTERS, Counter, Settings};
 use kun_ebpf_abi::reason::REASONS;
-use kun_ebpf_abi::translate::{ErrorPacket, Tables};
+use kun_ebpf_abi::translate::{Tables, Work};
 
 use crate::skb::STEP;
 
@@ -42,15 +42,15 @@ pub(crate) fn scratch() -> Option<*mut [u32; STEP as usize / 4 + 1]> {
     SCRATCH.get_ptr_mut(0)
 }
 
-/// What the plain half tells the slow half about a packet.
-#[map(name = "nat64_error")]
-static ERROR: PerCpuArray<ErrorPacket> = PerCpuArray::with_max_entries(1, 0);
+/// What the steps tell each other about a packet.
+#[map(name = "nat64_work")]
+static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 
 /// This processor's.
 #[inline(always)]
-pub(crate) fn error_packet() -> Option<&'static mut ErrorPacket> {
+pub(crate) fn work() -> Option<&'static mut Work> {
     // SAFETY: a program runs to its end on one processor before another of its kind starts there.
-    ERROR.get_ptr_mut(0).map(|p| unsafe { &mut *p })
+    WORK.get_ptr_mut(0).map(|p| unsafe { &mut *p })
 }
 
 /// The settings in force.
