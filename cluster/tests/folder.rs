@@ -16,7 +16,7 @@ const WITHIN: Duration = Duration::from_secs(10);
 struct Seen {
     store: Store,
     events: Receiver<Event>,
-    _following: Following,
+    following: Following,
 }
 
 impl Seen {
@@ -27,7 +27,7 @@ impl Seen {
         let mut seen = Self {
             store: Store::new(),
             events,
-            _following: following,
+            following,
         };
         while seen.next() != Event::Synced {}
         seen
@@ -200,9 +200,11 @@ fn a_bad_file_keeps_its_last_good_objects_and_harms_no_other() {
     write_atomically(&b, &service("b", 20));
     assert_eq!(seen.next_deltas(), ["+default/b"]);
     assert_eq!((seen.port_of("a"), seen.port_of("b")), (Some(1), Some(20)));
+    assert_eq!(seen.following.troubles().now(), [trouble]);
     write_atomically(&a, &service("a", 10));
     assert_eq!(seen.next_deltas(), ["+default/a"]);
     assert_eq!(seen.port_of("a"), Some(10));
+    assert!(seen.following.troubles().now().is_empty());
 }
 
 #[test]

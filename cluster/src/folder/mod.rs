@@ -16,7 +16,7 @@ mod watch;
 use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -85,6 +85,25 @@ pub struct FolderSource {
     watch: Watch,
     queue: VecDeque<Event>,
     synced: bool,
+    troubles: Troubles,
+}
+
+/// What is wrong now, for whoever asks: events tell each trouble once.
+#[derive(Debug, Clone, Default)]
+pub struct Troubles(Arc<Mutex<Vec<String>>>);
+
+impl Troubles {
+    /// One line each, sorted; empty when all files are good.
+    pub fn now(&self) -> Vec<String> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn set(&self, troubles: impl Iterator<Item = String>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = troubles.collect();
+    }
 }
 
 impl FolderSource {
@@ -105,7 +124,13 @@ impl FolderSource {
             watch: Watch::new(path),
             queue: VecDeque::new(),
             synced: false,
+            troubles: Troubles::default(),
         })
+    }
+
+    /// What is wrong now.
+    pub fn troubles(&self) -> Troubles {
+        self.troubles.clone()
     }
 
     /// Blocks until there is something to say. First the whole snapshot as one event of deltas and [`Event::Synced`], then an
@@ -161,6 +186,7 @@ impl FolderSource {
             Vec::new()
         };
         let troubles = self.scanner.new_troubles(self.watch.trouble());
+        self.troubles.set(self.scanner.troubles().cloned());
         self.queue.extend(troubles.into_iter().map(Event::Trouble));
         if !deltas.is_empty() {
             self.queue.push_back(Event::Deltas(deltas));
@@ -176,6 +202,7 @@ impl FolderSource {
         let mut source = Self::open(path)?;
         let stop = source.watch.stopper();
         let stopped = stop.clone();
+        let troubles = source.troubles();
         let thread = std::thread::Builder::new()
             .name("kun-folder".to_owned())
             .spawn(move || {
@@ -190,6 +217,7 @@ impl FolderSource {
             .map_err(FolderError::Thread)?;
         Ok(Following {
             stop,
+            troubles,
             _thread: thread,
         })
     }
@@ -199,8 +227,16 @@ impl FolderSource {
 #[derive(Debug)]
 pub struct Following {
     stop: watch::Stopper,
+    troubles: Troubles,
     // Not joined: `on_event` may be blocked in a full channel whose reader is the one who drops this.
     _thread: JoinHandle<()>,
+}
+
+impl Following {
+    /// What is wrong now.
+    pub fn troubles(&self) -> Troubles {
+        self.troubles.clone()
+    }
 }
 
 impl Drop for Following {

@@ -130,6 +130,11 @@ impl Scanner {
         deltas
     }
 
+    /// Every trouble of the last scan.
+    pub(super) fn troubles(&self) -> impl Iterator<Item = &String> {
+        self.told.iter()
+    }
+
     /// Troubles that were not there at the last call; one that went away and comes back is told again.
     pub(super) fn new_troubles(&mut self, watch: Option<String>) -> Vec<String> {
         let now: BTreeSet<String> = (self.walk_troubles.iter())
