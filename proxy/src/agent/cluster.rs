@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ipnet::IpNet;
-use kun_cluster::folder::{FolderError, FolderSource, Following};
+use kun_cluster::folder::{FolderError, FolderSource, Following, Troubles};
 use kun_cluster::{Delta, Event, Kind, Store};
 use kun_cni::clock;
 use kun_cni::ipam::{IpamError, IpamService};
@@ -34,7 +34,7 @@ pub(crate) enum SourceError {
 pub(crate) struct View {
     store: Mutex<Store>,
     synced: AtomicBool,
-    trouble: Mutex<Option<String>>,
+    troubles: OnceLock<Troubles>,
 }
 
 impl View {
@@ -49,13 +49,14 @@ impl View {
         self.synced.load(Ordering::Acquire)
     }
 
-    /// What the source complained about last, until it reads something again.
+    /// What the source complains about now: its first line, and how many there are more.
     pub(crate) fn trouble(&self) -> Option<String> {
-        self.lock_trouble().clone()
-    }
-
-    fn lock_trouble(&self) -> MutexGuard<'_, Option<String>> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+        let now = self.troubles.get()?.now();
+        let first = now.first()?;
+        Some(match now.len() {
+            1 => first.clone(),
+            n => format!("{first} (and {} more)", n - 1),
+        })
     }
 }
 
@@ -69,11 +70,13 @@ pub(crate) fn follow(
     let ClusterSource::Folder(path) = &config.cluster else {
         return Err(SourceError::NoApi);
     };
+    let seen = Arc::clone(&view);
     let following = FolderSource::spawn(path, move |event| {
-        on_event(&event, &view, &blocks);
+        on_event(&event, &seen, &blocks);
         // Full: the dataplane is busy, and this source waits for it. Closed: the agent stops.
         dataplane.send(Message::Cluster(event)).is_ok()
     })?;
+    view.troubles.get_or_init(|| following.troubles());
     Ok(following)
 }
 
@@ -85,7 +88,6 @@ fn on_event(event: &Event, view: &View, blocks: &Blocks) {
                 store.apply(delta.clone());
             }
             drop(store);
-            *view.lock_trouble() = None;
             if view.synced() && deltas.iter().any(about_blocks) {
                 blocks.refresh(view);
             }
@@ -95,10 +97,7 @@ fn on_event(event: &Event, view: &View, blocks: &Blocks) {
             tracing::info!("the cluster is synced");
             blocks.refresh(view);
         }
-        Event::Trouble(what) => {
-            tracing::warn!("{what}; what was read before stays good");
-            *view.lock_trouble() = Some(what.clone());
-        }
+        Event::Trouble(what) => tracing::warn!("{what}"),
     }
 }
 
