@@ -20,6 +20,9 @@ use crate::service::{
 };
 use crate::table::{Method, build, size};
 
+/// spec.loadBalancerClass of Services whose addresses kun gives and announces.
+const OUR_CLASSES: &str = "kun.network/";
+
 /// Room in the maps, as they were made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -300,10 +303,22 @@ impl Planner {
         }
     }
 
-    /// LoadBalancer addresses, and whether this node has an endpoint for new flows to each: what it may announce.
+    /// LoadBalancer addresses that are ours to announce, and whether this node has an endpoint for new flows to each. Those of
+    /// another implementation's class are served and left to it.
     pub fn vips(&self) -> BTreeMap<IpAddr, bool> {
         let mut vips = BTreeMap::new();
-        for port in self.ports.iter().flatten().filter(|p| p.key.is_some()) {
+        for port in self.ports.iter().flatten() {
+            let Some(service) = port
+                .key
+                .as_ref()
+                .and_then(|k| self.services.get(&k.service))
+            else {
+                continue;
+            };
+            let class = service.load_balancer_class.as_deref();
+            if class.is_some_and(|c| !c.starts_with(OUR_CLASSES)) {
+                continue;
+            }
             let here = port.views[ViewKind::Local as usize].view.count > 0;
             for frontend in &port.frontends {
                 if frontend.scope == Scope::External {
