@@ -206,6 +206,8 @@ fn packets() -> impl Strategy<Value = Vec<u8>> {
                     let at = at.index(packet.len());
                     packet[at] = octet;
                 }
+                // More fragments follow.
+                64..72 if packet[12] == 8 => packet[20] |= 0x20,
                 _ => {}
             }
             packet
