@@ -22,7 +22,7 @@ pub use nat64::{Nat64Config, Nat64Dataplane, Nat64Error, Nat64Stats, Nat64Warnin
 pub use object::Adopted;
 pub use pins::KeptCapacity;
 pub use service::{Hook, ServiceConfig, ServiceDataplane};
-pub use sys::Ran;
+pub use sys::{Ran, account_run_time};
 
 /// Name of the counters' map in every object.
 const REASONS_MAP: &str = "reasons";

@@ -183,6 +183,14 @@ impl ServiceDataplane {
             .collect()
     }
 
+    /// Nanoseconds that a program has run, and how often, while [`crate::account_run_time`] was in force.
+    pub fn run_time(&self, program: &str) -> Result<(u64, u64), Error> {
+        sys::run_time(self.object.program(program)?).map_err(|source| Error::Path {
+            path: PathBuf::from("/proc/self/fdinfo"),
+            source,
+        })
+    }
+
     /// Runs a packet program on one packet (from its Ethernet header on), without an interface.
     pub fn test_run(&self, hook: Hook, packet: &[u8], repeat: u32) -> Result<Ran, Error> {
         sys::test_run(self.object.program(hook.program())?, packet, repeat).map_err(|source| {

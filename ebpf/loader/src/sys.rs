@@ -590,6 +590,25 @@ pub(crate) fn test_run(program: BorrowedFd<'_>, packet: &[u8], repeat: u32) -> i
     })
 }
 
+/// Makes the kernel account programs' run times until the descriptor is closed; each run then costs some 25 ns more.
+pub fn account_run_time() -> io::Result<OwnedFd> {
+    const ENABLE_STATS: u32 = 32;
+    // BPF_STATS_RUN_TIME.
+    let mut kind = 0u32;
+    bpf(ENABLE_STATS, &mut kind).map(owned)
+}
+
+/// Nanoseconds that a program has run, and how often, while accounted.
+pub(crate) fn run_time(program: BorrowedFd<'_>) -> io::Result<(u64, u64)> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", program.as_raw_fd()))?;
+    let field = |name: &str| {
+        let line = text.lines().find_map(|l| l.strip_prefix(name));
+        line.and_then(|v| v.trim().parse().ok())
+            .ok_or_else(|| io::Error::other(name.to_owned()))
+    };
+    Ok((field("run_time_ns:")?, field("run_cnt:")?))
+}
+
 /// How many values an element of a per-CPU map has: the CPUs that the kernel could ever have.
 pub(crate) fn possible_cpus() -> io::Result<usize> {
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
