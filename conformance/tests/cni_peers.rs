@@ -57,6 +57,19 @@ fn failures(plugin: &str, network: &dyn Fn(&Path) -> Value) -> Option<Vec<&'stat
     )
 }
 
+/// Newer packages than Debian's may have fewer.
+fn assert_only_known(failures: &[&str]) {
+    let unknown: Vec<_> = failures
+        .iter()
+        .filter(|name| !DEVIATIONS.contains(name))
+        .collect();
+    assert!(unknown.is_empty(), "{unknown:?}");
+    assert!(
+        failures.contains(&"add_passes_the_previous_result_through"),
+        "a suite that nothing fails judges nothing"
+    );
+}
+
 fn host_local(dir: &Path) -> Value {
     json!({
         "type": "host-local",
@@ -79,7 +92,7 @@ fn bridge_with_host_local() {
     let Some(failures) = failures("bridge", &network) else {
         return;
     };
-    assert_eq!(failures, DEVIATIONS);
+    assert_only_known(&failures);
 }
 
 #[test]
@@ -88,5 +101,5 @@ fn ptp_with_host_local() {
     let Some(failures) = failures("ptp", &network) else {
         return;
     };
-    assert_eq!(failures, DEVIATIONS);
+    assert_only_known(&failures);
 }

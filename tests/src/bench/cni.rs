@@ -1,8 +1,456 @@
-//! Figures of the part `cni`.
+//! Figures of the part `cni`: what an ADD costs the runtime that waits for it, beside Debian's plugins in the same run, and how
+//! many allocations a second become durable.
+//!
+//! Wall-clock here depends on the machine's cores and disk: an ADD is a process, some netlink and one flush. The ratio to the
+//! peer and the CPU time are what to compare between machines.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use kun_cni::clock;
+use kun_cni::ipam::IpamService;
+use kun_config::types::{BlockId, Slot, SlotClass};
+use kun_control::{AttachmentKey, PodRef, Request, Response};
+use kun_harness::Netns;
+use serde_json::{Value, json};
 
 use super::{Context, Row};
 
+/// Where Debian has the reference plugins.
+const PEERS: &str = "/usr/lib/cni";
+/// How many runtimes wait at once.
+const PARALLEL: [usize; 3] = [1, 16, 100];
+/// Rounds of one ADD at a time, after those that warm up.
+const ROUNDS: usize = 60;
+/// Callers of the service, as the agent has connections.
+const CALLERS: usize = 256;
+
 /// Measures the part.
-pub fn run(_context: &Context) -> anyhow::Result<Vec<Row>> {
-    Ok(Vec::new())
+pub fn run(context: &Context) -> Result<Vec<Row>> {
+    let mut rows = vec![core_rate(), durable_rate(context)?];
+    let pods: Vec<Netns> = (0..*PARALLEL.last().unwrap_or(&1))
+        .map(|_| Netns::new("bench-pod"))
+        .collect::<Result<_>>()?;
+
+    let ours = kun(context)?;
+    let peers: Vec<Plugin> = ["bridge", "ptp"]
+        .into_iter()
+        .filter_map(|name| peer(context, name))
+        .collect::<Result<_>>()?;
+    let alone = alone(context)?;
+    for plugin in std::iter::once(&ours).chain(&peers).chain([&alone]) {
+        // Bridges, sysctl defaults, page cache: what only the first ADD pays.
+        plugin.round(&pods[..1], 1)?;
+    }
+    for parallel in PARALLEL {
+        let rounds = (ROUNDS / parallel).max(1);
+        let pods = &pods[..parallel];
+        let mut mine = Figures::default();
+        let mut theirs: Vec<Figures> = peers.iter().map(|_| Figures::default()).collect();
+        // Turn by turn, so that what else the machine does falls on all alike.
+        for _ in 0..rounds {
+            mine.add(ours.round(pods, parallel)?);
+            for (peer, figures) in peers.iter().zip(&mut theirs) {
+                figures.add(peer.round(pods, parallel)?);
+            }
+        }
+        rows.extend(compare(parallel, &mine, &peers, &theirs));
+    }
+    let mut figures = Figures::default();
+    for _ in 0..ROUNDS / 3 {
+        figures.add(alone.round(&pods[..1], 1)?);
+    }
+    rows.push(Row::new(
+        "cni/add-without-agent-p50@1",
+        figures.percentile(50),
+        "ms",
+    ));
+    Ok(rows)
+}
+
+fn compare(parallel: usize, mine: &Figures, peers: &[Plugin], theirs: &[Figures]) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (what, percent) in [("p50", 50), ("p99", 99)] {
+        let name = format!("cni/add-{what}@{parallel}");
+        let mut row = Row::new(&name, mine.percentile(percent), "ms");
+        row = match (what, parallel) {
+            ("p50", 1) => row.at_most(3.0),
+            ("p99", 100) => row.at_most(15.0),
+            _ => row,
+        };
+        for (peer, figures) in peers.iter().zip(theirs) {
+            let figure = figures.percentile(percent);
+            match row.peer {
+                None => row = row.beside(&peer.name, figure),
+                Some(_) => rows.push(
+                    Row::new(format!("{name}-beside-{}", peer.program()), row.value, "ms")
+                        .beside(&peer.name, figure),
+                ),
+            }
+        }
+        rows.push(row);
+    }
+    let ratio = theirs
+        .first()
+        .map(|bridge| bridge.percentile(50) / mine.percentile(50));
+    if let Some(ratio) = ratio {
+        rows.push(
+            Row::new(format!("cni/add-faster-than-bridge@{parallel}"), ratio, "x").at_least(3.0),
+        );
+    }
+    let mut cpu = Row::new(format!("cni/add-cpu@{parallel}"), mine.cpu(), "ms");
+    if let (Some(peer), Some(figures)) = (peers.first(), theirs.first()) {
+        cpu = cpu.beside(&peer.name, figures.cpu());
+    }
+    rows.push(cpu);
+    rows
+}
+
+/// Wall-clock of each ADD, and the CPU of their processes.
+#[derive(Debug, Default)]
+struct Figures {
+    adds: Vec<Duration>,
+    cpu: Duration,
+}
+
+impl Figures {
+    fn add(&mut self, more: Figures) {
+        self.adds.extend(more.adds);
+        self.cpu += more.cpu;
+    }
+
+    /// Milliseconds.
+    fn percentile(&self, percent: usize) -> f64 {
+        let mut sorted = self.adds.clone();
+        sorted.sort_unstable();
+        let index = (sorted.len() * percent).div_ceil(100).max(1) - 1;
+        sorted.get(index).map_or(0.0, |d| d.as_secs_f64() * 1000.0)
+    }
+
+    /// Milliseconds an ADD.
+    fn cpu(&self) -> f64 {
+        self.cpu.as_secs_f64() * 1000.0 / self.adds.len().max(1) as f64
+    }
+}
+
+/// A plugin on a node of its own.
+struct Plugin {
+    name: String,
+    program: PathBuf,
+    network: Value,
+    node: Netns,
+    /// Serves ours while the plugin lives.
+    _agent: Option<Agent>,
+}
+
+impl Plugin {
+    fn program(&self) -> String {
+        self.program
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    }
+
+    /// ADD for every pod, so many at once, then DEL for all.
+    fn round(&self, pods: &[Netns], parallel: usize) -> Result<Figures> {
+        let before = children_cpu()?;
+        let adds = self.all("ADD", pods, parallel)?;
+        let cpu = children_cpu()?.saturating_sub(before);
+        self.all("DEL", pods, parallel)?;
+        Ok(Figures { adds, cpu })
+    }
+
+    fn all(&self, verb: &str, pods: &[Netns], parallel: usize) -> Result<Vec<Duration>> {
+        let next = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..parallel)
+                .map(|_| {
+                    scope.spawn(|| {
+                        self.node.run(|| {
+                            let mut took = Vec::new();
+                            while let Some(pod) = pods.get(next.fetch_add(1, Ordering::Relaxed)) {
+                                took.push(self.execute(verb, pod)?);
+                            }
+                            Ok(took)
+                        })
+                    })
+                })
+                .collect();
+            let mut took = Vec::new();
+            for thread in threads {
+                let more: Result<Vec<Duration>> = thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                took.extend(more?);
+            }
+            Ok(took)
+        })
+    }
+
+    fn execute(&self, verb: &str, pod: &Netns) -> Result<Duration> {
+        let begin = Instant::now();
+        let mut child = Command::new(&self.program)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", pod.name())
+            .env("CNI_NETNS", pod.path())
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", self.program.parent().unwrap_or(Path::new("/")))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {}", self.program.display()))?;
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(self.network.to_string().as_bytes())?;
+        }
+        let output = child.wait_with_output()?;
+        let took = begin.elapsed();
+        ensure!(
+            output.status.success(),
+            "{} {verb}: {}",
+            self.name,
+            String::from_utf8_lossy(&output.stdout)
+        );
+        Ok(took)
+    }
+}
+
+/// Ours with an agent that answers for the addresses alone.
+fn kun(context: &Context) -> Result<Plugin> {
+    plugin(context, "kun-cni", true)
+}
+
+/// Ours with nobody at the socket: each ADD opens and closes the store.
+fn alone(context: &Context) -> Result<Plugin> {
+    plugin(context, "kun-cni without agent", false)
+}
+
+fn plugin(context: &Context, name: &str, with_agent: bool) -> Result<Plugin> {
+    let dir = context.scratch().join(name.replace(' ', "-"));
+    std::fs::create_dir_all(dir.join("manifests"))?;
+    let file = dir.join("kun.yaml");
+    let text = json!({
+        "node": {"name": "n"},
+        "cluster": {"folder": dir.join("manifests")},
+        "ipam": {
+            "podPrefix": "fd00:64::/96",
+            "v4Pools": ["10.64.0.0/16"],
+            "defaultClass": "dual",
+            "cooldown": "1s",
+            "mtu": 1500,
+        },
+        "agent": {"stateDir": dir.join("state"), "socket": dir.join("agent.sock")},
+    });
+    std::fs::write(&file, text.to_string())?;
+    let config = kun_config::parse("kun.yaml", &text.to_string())?;
+    let service = IpamService::open(
+        &config.agent.state_dir,
+        &config.ipam,
+        clock::boot()?,
+        clock::now(),
+    )?;
+    service.set_blocks(&blocks(64), clock::now())?;
+    let node = Netns::new("bench-node")?;
+    node.forward()?;
+    let agent = match with_agent {
+        true => Some(Agent::serve(&config.agent.socket, service)?),
+        false => None,
+    };
+    Ok(Plugin {
+        name: name.to_owned(),
+        program: context.program("kun-cni")?,
+        network: json!({
+            "cniVersion": "1.0.0", "name": "kun", "type": "kun-cni", "kunConfig": file,
+        }),
+        node,
+        _agent: agent,
+    })
+}
+
+fn peer(context: &Context, name: &str) -> Option<Result<Plugin>> {
+    // Not by PATH: iproute2 has a `bridge` too.
+    let program = Path::new(PEERS).join(name);
+    if !program.is_file() {
+        return None;
+    }
+    Some(Netns::new("bench-node").map(|node| Plugin {
+        name: format!("{name}+host-local"),
+        program,
+        network: json!({
+            "cniVersion": "1.0.0",
+            "name": "peer",
+            "type": name,
+            "bridge": "peer0",
+            "isGateway": true,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": context.scratch().join(name),
+                "ranges": [[{"subnet": "10.99.0.0/16"}], [{"subnet": "fd00:99::/112"}]],
+            },
+        }),
+        node,
+        _agent: None,
+    }))
+}
+
+/// The agent's socket: a thread a connection, as many connections as callers.
+struct Agent {
+    socket: PathBuf,
+}
+
+impl Agent {
+    fn serve(socket: &Path, service: IpamService) -> Result<Self> {
+        let listener = UnixListener::bind(socket)?;
+        let service = Arc::new(service);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (Ok(stream), service) = (stream, service.clone()) else {
+                    return;
+                };
+                std::thread::spawn(move || answer(stream, &service));
+            }
+        });
+        Ok(Self {
+            socket: socket.to_owned(),
+        })
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+fn answer(stream: UnixStream, service: &IpamService) -> Result<()> {
+    let mut writer = stream.try_clone()?;
+    for line in BufReader::new(stream).lines() {
+        let request: Request = serde_json::from_str(&line?)?;
+        let mut answer = serde_json::to_vec(&service.handle(&request, clock::now()))?;
+        answer.push(b'\n');
+        writer.write_all(&answer)?;
+    }
+    Ok(())
+}
+
+fn blocks(count: u32) -> Vec<BlockId> {
+    (0..count)
+        .filter_map(|i| BlockId::new(Slot(0x0a40_0000 + i * kun_config::types::BLOCK_SLOTS)))
+        .collect()
+}
+
+fn key(caller: usize, n: usize) -> AttachmentKey {
+    AttachmentKey {
+        network: "kun".into(),
+        // As long as a container id is.
+        container_id: format!("{caller:032x}{n:032x}"),
+        ifname: "eth0".into(),
+    }
+}
+
+/// Allocations that were on disk before they were answered, with [`CALLERS`] waiting at once, until the largest node is full.
+fn durable_rate(context: &Context) -> Result<Row> {
+    let dir = context.scratch().join("durable");
+    let text = "node: {name: n}\nipam: {v4Pools: [10.64.0.0/14]}\n";
+    let config = kun_config::parse("kun.yaml", text)?;
+    let service = IpamService::open(&dir, &config.ipam, clock::boot()?, clock::now())?;
+    let blocks = blocks(1024);
+    service.set_blocks(&blocks, clock::now())?;
+    let begin = Instant::now();
+    let allocated: usize = std::thread::scope(|scope| {
+        let service = &service;
+        let threads: Vec<_> = (0..CALLERS)
+            .map(|caller| {
+                scope.spawn(move || -> Result<usize> {
+                    for n in 0.. {
+                        let allocate = Request::Allocate {
+                            key: key(caller, n),
+                            pod: PodRef::default(),
+                            class: Some(SlotClass::Dual),
+                        };
+                        match service.handle(&allocate, clock::now()) {
+                            Response::Allocation { .. } => {}
+                            Response::Exhausted { .. } => return Ok(n),
+                            other => anyhow::bail!("{other:?}"),
+                        }
+                    }
+                    Ok(0)
+                })
+            })
+            .collect();
+        let mut all = 0;
+        for thread in threads {
+            all += thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
+        anyhow::Ok(all)
+    })?;
+    let seconds = begin.elapsed().as_secs_f64();
+    ensure!(
+        allocated == blocks.len() * 64,
+        "{allocated} slots of {}",
+        blocks.len() * 64
+    );
+    Ok(Row::new("cni/durable-allocations", allocated as f64 / seconds, "1/s").at_least(20_000.0))
+}
+
+/// The core alone, allocation and release.
+fn core_rate() -> Row {
+    use kun_cni_core::ipam::{BootId, BootTime, Command, Ipam, Key, Owner, Pod, Snapshot};
+    const CHANGES: u32 = 200_000;
+    let zero = BootTime(Duration::ZERO);
+    let (mut ipam, _) = Ipam::load(Snapshot::default(), Duration::ZERO, BootId(1), zero)
+        .expect("an empty store is sound");
+    let _ = ipam.step(Command::SetBlocks(blocks(64).into_iter().collect()), zero);
+    let owners: Vec<Owner> = (0..CHANGES)
+        .map(|i| Owner {
+            key: Key {
+                container_id: format!("{i:064x}"),
+                ifname: "eth0".into(),
+                network: "kun".into(),
+            },
+            pod: Pod::default(),
+        })
+        .collect();
+    let begin = Instant::now();
+    for owner in owners {
+        let key = owner.key.clone();
+        let _ = ipam.step(
+            Command::Allocate {
+                owner,
+                class: SlotClass::Dual,
+            },
+            zero,
+        );
+        let release = Command::Release {
+            key,
+            generation: None,
+        };
+        let _ = ipam.step(release, zero);
+    }
+    let rate = 2.0 * f64::from(CHANGES) / begin.elapsed().as_secs_f64();
+    Row::new("cni/core-changes", rate, "1/s").at_least(1_000_000.0)
+}
+
+/// CPU time of this process's ended children, from /proc/self/stat (proc(5): cutime, cstime, in ticks of 10 ms).
+fn children_cpu() -> Result<Duration> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let fields = stat.rsplit(')').next().unwrap_or_default();
+    let ticks: u64 = fields
+        .split_whitespace()
+        .skip(13)
+        .take(2)
+        .map(|field| field.parse::<u64>())
+        .sum::<Result<u64, _>>()?;
+    Ok(Duration::from_millis(ticks * 10))
 }
