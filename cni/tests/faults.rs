@@ -446,3 +446,85 @@ fn the_store_waits_for_the_one_who_has_it() {
         waiting.join().unwrap().unwrap();
     });
 }
+
+#[test]
+fn verbs_younger_than_the_configuration_are_refused() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    let pod = Pod::new("c1", true);
+    for (verb, version) in [("CHECK", "0.3.1"), ("STATUS", "1.0.0"), ("GC", "1.0.0")] {
+        let mut network = node.network();
+        network["cniVersion"] = version.into();
+        let error = node.verb(verb, &pod, &network).unwrap_err();
+        assert_eq!(error["code"], 1, "{error}");
+        assert_eq!(error["cniVersion"], version);
+    }
+}
+
+#[test]
+fn what_many_callers_were_told_is_in_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "node: {name: n}\nipam: {v4Pools: [10.64.0.0/16], cooldown: 30s}\n";
+    let config = kun_config::parse("kun.yaml", text).unwrap();
+    let open = || {
+        kun_cni::ipam::IpamService::open(
+            dir.path(),
+            &config.ipam,
+            clock::boot().unwrap(),
+            clock::now(),
+        )
+        .unwrap()
+    };
+    let service = open();
+    let block = |i: u32| BlockId::new(Slot(0x0a40_0000 + i * 64)).expect("aligned");
+    service
+        .set_blocks(&[block(0), block(1), block(2), block(3)], clock::now())
+        .unwrap();
+    let mut told: Vec<kun_control::Allocation> = std::thread::scope(|scope| {
+        let callers: Vec<_> = (0..40)
+            .map(|caller| {
+                let service = &service;
+                scope.spawn(move || {
+                    (0..5)
+                        .filter_map(|n| {
+                            let key = AttachmentKey {
+                                network: "kun".into(),
+                                container_id: format!("{caller}-{n}"),
+                                ifname: "eth0".into(),
+                            };
+                            let allocate = Request::Allocate {
+                                key: key.clone(),
+                                pod: PodRef::default(),
+                                class: Some(SlotClass::Dual),
+                            };
+                            let response = service.handle(&allocate, clock::now());
+                            let Response::Allocation { allocation } = response else {
+                                panic!("{response:?}")
+                            };
+                            let generation = Some(allocation.generation);
+                            let release = Request::Release { key, generation };
+                            // Every other one goes again.
+                            if n % 2 == 1 {
+                                service.handle(&release, clock::now());
+                                return None;
+                            }
+                            Some(allocation)
+                        })
+                        .collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        callers
+            .into_iter()
+            .flat_map(|caller| caller.join().unwrap())
+            .collect()
+    });
+    drop(service);
+    let mut stored = open().live(clock::now()).unwrap();
+    told.sort_by_key(|a| a.slot);
+    stored.sort_by_key(|a| a.slot);
+    assert_eq!(told.len(), 120);
+    assert_eq!(told, stored);
+}
