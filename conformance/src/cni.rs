@@ -126,9 +126,8 @@ impl Answer {
         };
         let told = error["code"].as_u64().context("`code` is not a number")?;
         ensure!(error["msg"].is_string(), "`msg` is not text: {error}");
-        match code {
-            Some(code) => ensure!(told == code, "code {told}, not {code}: {error}"),
-            None => {}
+        if let Some(code) = code {
+            ensure!(told == code, "code {told}, not {code}: {error}");
         }
         Ok(error)
     }
