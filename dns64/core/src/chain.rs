@@ -337,12 +337,13 @@ impl Chain {
             return (answer, None);
         };
         if answer.rcode() == rcode::SERVFAIL {
-            cache.refresh_failed(&job.key);
-            if let Some(stale) = cache
+            let stale = cache
                 .spec()
                 .serve_stale
-                .and_then(|_| cache.get_stale(&job.key, now))
-            {
+                .and_then(|_| cache.get_stale(&job.key, now));
+            // After the look, which itself counts as the one that orders a refresh.
+            cache.refresh_failed(&job.key);
+            if let Some(stale) = stale {
                 return (stale, Some(0));
             }
         }
