@@ -45,7 +45,9 @@ $TTL 300
 
 /// A name with more addresses than any UDP answer holds; append to [`ZONE`].
 pub fn many_addresses() -> String {
-    (0..200).map(|i| format!("many IN A 198.51.101.{i}\n")).collect()
+    (0..200)
+        .map(|i| format!("many IN A 198.51.101.{i}\n"))
+        .collect()
 }
 
 /// What the subject makes AAAA records under.
@@ -85,7 +87,11 @@ impl Subject {
     pub fn send(&self, m: &Message) -> Result<Message> {
         let answer = self.octets(&m.to_vec()?)?;
         let answer = Message::from_vec(&answer).context("the answer is malformed")?;
-        ensure!(answer.metadata.id == m.metadata.id && answer.metadata.message_type == MessageType::Response, "not an answer to this message");
+        ensure!(
+            answer.metadata.id == m.metadata.id
+                && answer.metadata.message_type == MessageType::Response,
+            "not an answer to this message"
+        );
         Ok(answer)
     }
 
@@ -125,13 +131,26 @@ impl Subject {
 pub fn question(name: &str, t: RecordType) -> Message {
     let mut m = Message::new(0x6b75, MessageType::Query, OpCode::Query);
     m.metadata.recursion_desired = true;
-    m.add_query(Query::query(Name::from_ascii(name).expect("a name of ours"), t));
+    m.add_query(Query::query(
+        Name::from_ascii(name).expect("a name of ours"),
+        t,
+    ));
     m
 }
 
 /// The AAAA records of an answer.
 pub fn quads(m: &Message) -> Vec<Ipv6Addr> {
-    let mut all: Vec<Ipv6Addr> = m.answers.iter().filter_map(|r| if let RData::AAAA(a) = &r.data { Some(a.0) } else { None }).collect();
+    let mut all: Vec<Ipv6Addr> = m
+        .answers
+        .iter()
+        .filter_map(|r| {
+            if let RData::AAAA(a) = &r.data {
+                Some(a.0)
+            } else {
+                None
+            }
+        })
+        .collect();
     all.sort();
     all
 }
@@ -144,8 +163,16 @@ fn made(v4: &str) -> Ipv6Addr {
 
 fn expect(s: &Subject, name: &str, code: ResponseCode, want: &[Ipv6Addr]) -> Result<Message> {
     let m = s.ask(name, RecordType::AAAA)?;
-    ensure!(m.metadata.response_code == code, "{name}: {} where {code} was expected", m.metadata.response_code);
-    ensure!(quads(&m) == want, "{name}: {:?} where {want:?} was expected", quads(&m));
+    ensure!(
+        m.metadata.response_code == code,
+        "{name}: {} where {code} was expected",
+        m.metadata.response_code
+    );
+    ensure!(
+        quads(&m) == want,
+        "{name}: {:?} where {want:?} was expected",
+        quads(&m)
+    );
     Ok(m)
 }
 
@@ -154,35 +181,92 @@ pub const CASES: &[Case] = &[
     Case {
         name: "a_only_is_synthesised",
         run: |s| {
-            expect(s, "v4.example.test.", ResponseCode::NoError, &[made("198.51.100.7")])?;
-            expect(s, "two.example.test.", ResponseCode::NoError, &[made("198.51.100.7"), made("198.51.100.8")]).map(drop)
+            expect(
+                s,
+                "v4.example.test.",
+                ResponseCode::NoError,
+                &[made("198.51.100.7")],
+            )?;
+            expect(
+                s,
+                "two.example.test.",
+                ResponseCode::NoError,
+                &[made("198.51.100.7"), made("198.51.100.8")],
+            )
+            .map(drop)
         },
     },
     Case {
         name: "native_aaaa_is_kept",
         run: |s| {
             let native = |t: &str| t.parse::<Ipv6Addr>().expect("an address of ours");
-            expect(s, "v6.example.test.", ResponseCode::NoError, &[native("2001:db8:5::6")])?;
-            expect(s, "both.example.test.", ResponseCode::NoError, &[native("2001:db8:5::9")]).map(drop)
+            expect(
+                s,
+                "v6.example.test.",
+                ResponseCode::NoError,
+                &[native("2001:db8:5::6")],
+            )?;
+            expect(
+                s,
+                "both.example.test.",
+                ResponseCode::NoError,
+                &[native("2001:db8:5::9")],
+            )
+            .map(drop)
         },
     },
     Case {
         name: "excluded_aaaa_counts_as_absent",
-        run: |s| expect(s, "mapped.example.test.", ResponseCode::NoError, &[made("198.51.100.10")]).map(drop),
+        run: |s| {
+            expect(
+                s,
+                "mapped.example.test.",
+                ResponseCode::NoError,
+                &[made("198.51.100.10")],
+            )
+            .map(drop)
+        },
     },
     Case {
         name: "excluded_aaaa_is_left_out_of_a_mixed_set",
-        run: |s| expect(s, "mixed.example.test.", ResponseCode::NoError, &["2001:db8:5::b".parse()?]).map(drop),
+        run: |s| {
+            expect(
+                s,
+                "mixed.example.test.",
+                ResponseCode::NoError,
+                &["2001:db8:5::b".parse()?],
+            )
+            .map(drop)
+        },
     },
     Case {
         name: "the_alias_chain_is_kept",
         run: |s| {
-            let m = expect(s, "alias2.example.test.", ResponseCode::NoError, &[made("198.51.100.7")])?;
-            let aliases = m.answers.iter().filter(|r| r.record_type() == RecordType::CNAME).count();
+            let m = expect(
+                s,
+                "alias2.example.test.",
+                ResponseCode::NoError,
+                &[made("198.51.100.7")],
+            )?;
+            let aliases = m
+                .answers
+                .iter()
+                .filter(|r| r.record_type() == RecordType::CNAME)
+                .count();
             ensure!(aliases == 2, "{aliases} aliases where 2 were expected");
             let last = m.answers.last().context("no answer")?;
-            ensure!(last.name.to_string() == "v4.example.test.", "the AAAA belongs to {}", last.name);
-            expect(s, "aliasv6.example.test.", ResponseCode::NoError, &["2001:db8:5::6".parse()?]).map(drop)
+            ensure!(
+                last.name.to_string() == "v4.example.test.",
+                "the AAAA belongs to {}",
+                last.name
+            );
+            expect(
+                s,
+                "aliasv6.example.test.",
+                ResponseCode::NoError,
+                &["2001:db8:5::6".parse()?],
+            )
+            .map(drop)
         },
     },
     Case {
@@ -193,26 +277,55 @@ pub const CASES: &[Case] = &[
         name: "no_addresses_at_all_is_nodata",
         run: |s| {
             let m = expect(s, "text.example.test.", ResponseCode::NoError, &[])?;
-            ensure!(m.authorities.iter().any(|r| r.record_type() == RecordType::SOA), "no SOA in a denial (RFC 2308 §3)");
+            ensure!(
+                m.authorities
+                    .iter()
+                    .any(|r| r.record_type() == RecordType::SOA),
+                "no SOA in a denial (RFC 2308 §3)"
+            );
             Ok(())
         },
     },
     Case {
         name: "the_ttl_is_at_most_the_soas",
         run: |s| {
-            let ttl = |name| -> Result<u32> { Ok(s.ask(name, RecordType::AAAA)?.answers.last().context("no answer")?.ttl) };
+            let ttl = |name| -> Result<u32> {
+                Ok(s.ask(name, RecordType::AAAA)?
+                    .answers
+                    .last()
+                    .context("no answer")?
+                    .ttl)
+            };
             let (long, short) = (ttl("v4.example.test.")?, ttl("short.example.test.")?);
-            ensure!((1..=90).contains(&long), "v4: {long} s where the SOA says 90");
-            ensure!((1..=20).contains(&short), "short: {short} s where the A record says 20");
+            ensure!(
+                (1..=90).contains(&long),
+                "v4: {long} s where the SOA says 90"
+            );
+            ensure!(
+                (1..=20).contains(&short),
+                "short: {short} s where the A record says 20"
+            );
             Ok(())
         },
     },
     Case {
         name: "the_reverse_name_leads_to_in_addr_arpa",
         run: |s| {
-            let m = s.ask("7.0.4.6.3.3.6.c.0.0.0.0.0.0.0.0.0.0.0.0.4.6.0.0.8.b.d.0.1.0.0.2.ip6.arpa.", RecordType::PTR)?;
-            let names: Vec<String> = m.answers.iter().filter(|r| r.record_type() == RecordType::PTR).map(|r| r.data.to_string()).collect();
-            ensure!(names == ["v4.example.test."], "{names:?}, {}", m.metadata.response_code);
+            let m = s.ask(
+                "7.0.4.6.3.3.6.c.0.0.0.0.0.0.0.0.0.0.0.0.4.6.0.0.8.b.d.0.1.0.0.2.ip6.arpa.",
+                RecordType::PTR,
+            )?;
+            let names: Vec<String> = m
+                .answers
+                .iter()
+                .filter(|r| r.record_type() == RecordType::PTR)
+                .map(|r| r.data.to_string())
+                .collect();
+            ensure!(
+                names == ["v4.example.test."],
+                "{names:?}, {}",
+                m.metadata.response_code
+            );
             Ok(())
         },
     },
@@ -231,13 +344,25 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "ipv4only_arpa_tells_the_prefix",
-        run: |s| expect(s, "ipv4only.arpa.", ResponseCode::NoError, &[made("192.0.0.170"), made("192.0.0.171")]).map(drop),
+        run: |s| {
+            expect(
+                s,
+                "ipv4only.arpa.",
+                ResponseCode::NoError,
+                &[made("192.0.0.170"), made("192.0.0.171")],
+            )
+            .map(drop)
+        },
     },
     Case {
         name: "other_types_are_left_alone",
         run: |s| {
             let a = s.ask("v4.example.test.", RecordType::A)?;
-            ensure!(a.answers.len() == 1 && a.answers[0].data.to_string() == "198.51.100.7", "{:?}", a.answers);
+            ensure!(
+                a.answers.len() == 1 && a.answers[0].data.to_string() == "198.51.100.7",
+                "{:?}",
+                a.answers
+            );
             let txt = s.ask("text.example.test.", RecordType::TXT)?;
             ensure!(txt.answers.len() == 1, "{:?}", txt.answers);
             Ok(())
@@ -258,9 +383,17 @@ pub const CASES: &[Case] = &[
         run: |s| {
             let q = question("many.example.test.", RecordType::A);
             let wire = s.octets(&q.to_vec()?)?;
-            ensure!(wire.len() <= 512 && wire[2] & 2 != 0, "{} octets without TC", wire.len());
+            ensure!(
+                wire.len() <= 512 && wire[2] & 2 != 0,
+                "{} octets without TC",
+                wire.len()
+            );
             let whole = s.tcp(&[q])?;
-            ensure!(whole[0].answers.len() == 200, "{} answers over TCP", whole[0].answers.len());
+            ensure!(
+                whole[0].answers.len() == 200,
+                "{} answers over TCP",
+                whole[0].answers.len()
+            );
             Ok(())
         },
     },
@@ -268,8 +401,14 @@ pub const CASES: &[Case] = &[
         name: "tcp_takes_several_questions",
         run: |s| {
             let names = ["v4.example.test.", "v6.example.test.", "none.example.test."];
-            let mut messages: Vec<Message> = names.iter().map(|n| question(n, RecordType::AAAA)).collect();
-            messages.iter_mut().zip(1..).for_each(|(m, id)| m.metadata.id = id);
+            let mut messages: Vec<Message> = names
+                .iter()
+                .map(|n| question(n, RecordType::AAAA))
+                .collect();
+            messages
+                .iter_mut()
+                .zip(1..)
+                .for_each(|(m, id)| m.metadata.id = id);
             let mut ids: Vec<u16> = s.tcp(&messages)?.iter().map(|m| m.metadata.id).collect();
             ids.sort();
             ensure!(ids == [1, 2, 3], "{ids:?}");
@@ -280,14 +419,21 @@ pub const CASES: &[Case] = &[
         name: "edns_answers_edns",
         run: |s| {
             let mut m = question("v4.example.test.", RecordType::A);
-            ensure!(s.send(&m)?.edns.is_none(), "OPT where none was sent (RFC 6891 §6.1.1)");
+            ensure!(
+                s.send(&m)?.edns.is_none(),
+                "OPT where none was sent (RFC 6891 §6.1.1)"
+            );
             m.edns = Some(Edns::new());
             ensure!(s.send(&m)?.edns.is_some(), "no OPT");
             let mut wire = question("v4.example.test.", RecordType::A).to_vec()?;
             wire[11] = 1;
             wire.extend_from_slice(&[0, 0, 41, 4, 208, 0, 1, 0, 0, 0, 0]);
             let answer = Message::from_vec(&s.octets(&wire)?)?;
-            ensure!(answer.metadata.response_code.low() == 0 && answer.edns.as_ref().is_some_and(|e| e.rcode_high() == 1), "version 1 is not refused by BADVERS: {answer}");
+            ensure!(
+                answer.metadata.response_code.low() == 0
+                    && answer.edns.as_ref().is_some_and(|e| e.rcode_high() == 1),
+                "version 1 is not refused by BADVERS: {answer}"
+            );
             Ok(())
         },
     },
@@ -317,5 +463,18 @@ pub const CASES: &[Case] = &[
 
 /// Names on which two servers of the same zone and prefix must agree, for comparing a subject with a peer.
 pub const NAMES: &[&str] = &[
-    "v4", "two", "v6", "both", "text", "alias", "alias2", "aliasv6", "short", "none", "a.b.c.none", "ns", "", "many",
+    "v4",
+    "two",
+    "v6",
+    "both",
+    "text",
+    "alias",
+    "alias2",
+    "aliasv6",
+    "short",
+    "none",
+    "a.b.c.none",
+    "ns",
+    "",
+    "many",
 ];

@@ -3,6 +3,7 @@
 //! Fast lane: one thread and one SO_REUSEPORT socket a core and listener; what memory holds is answered there, in batches. Slow
 //! lane: one tokio thread for upstreams, TCP and HTTP; equal questions in flight are asked once.
 
+pub mod echo;
 pub mod listen;
 pub mod load;
 pub mod server;

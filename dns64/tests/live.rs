@@ -59,7 +59,11 @@ fn nsd(dir: &Path) -> (Process, u16) {
          zone:\n name: example.test\n zonefile: zone\nzone:\n name: 100.51.198.in-addr.arpa\n zonefile: reverse\n"
     );
     fs::write(dir.join("nsd.conf"), conf).unwrap();
-    let p = quiet(Command::new("nsd").args(["-d", "-c"]).arg(dir.join("nsd.conf")));
+    let p = quiet(
+        Command::new("nsd")
+            .args(["-d", "-c"])
+            .arg(dir.join("nsd.conf")),
+    );
     answers(at(port), "v4.example.test.", RecordType::A);
     (p, port)
 }
@@ -76,7 +80,11 @@ fn unbound(dir: &Path, upstream: u16) -> (Process, u16) {
         stub("100.51.198.in-addr.arpa")
     );
     fs::write(dir.join("unbound.conf"), conf).unwrap();
-    let p = quiet(Command::new("unbound").args(["-d", "-c"]).arg(dir.join("unbound.conf")));
+    let p = quiet(
+        Command::new("unbound")
+            .args(["-d", "-c"])
+            .arg(dir.join("unbound.conf")),
+    );
     answers(at(port), "v4.example.test.", RecordType::A);
     (p, port)
 }
@@ -168,12 +176,18 @@ fn it_says_what_unbounds_dns64_says() {
         ] {
             let texts = |s: Subject| {
                 let m = &s.tcp(&[dns::question(&name, t)]).unwrap()[0];
-                let record = |r: &hickory_proto::rr::Record| format!("{} {} {}", r.name, r.record_type(), r.data);
+                let record = |r: &hickory_proto::rr::Record| {
+                    format!("{} {} {}", r.name, r.record_type(), r.data)
+                };
                 let mut all: Vec<String> = m.answers.iter().map(record).collect();
                 all.sort();
                 (m.metadata.response_code, all)
             };
-            assert_eq!(texts(at(own)), texts(at(peer)), "{name} {t}: kun-dns, then unbound");
+            assert_eq!(
+                texts(at(own)),
+                texts(at(peer)),
+                "{name} {t}: kun-dns, then unbound"
+            );
         }
     }
 }
@@ -301,7 +315,11 @@ fn a_taken_address_is_one_line_with_a_name() {
     let own = port();
     let _holder = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, own)).unwrap();
     let mut command = KunDns::command(dir.path());
-    fs::write(dir.path().join("Corefile"), format!(".:{own} {{\nwhoami\n}}\n")).unwrap();
+    fs::write(
+        dir.path().join("Corefile"),
+        format!(".:{own} {{\nwhoami\n}}\n"),
+    )
+    .unwrap();
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let error = String::from_utf8(output.stderr).unwrap();
@@ -319,7 +337,11 @@ fn a_forwarding_loop_ends_it() {
     let mut kun = KunDns::start(dir.path(), &text);
     let status = wait_for("the end", UP, || kun.process.try_wait().unwrap()).unwrap();
     assert_eq!(status.code(), Some(1));
-    assert!(kun.log().contains("kun-dns: loop: queries come back"), "{}", kun.log());
+    assert!(
+        kun.log().contains("kun-dns: loop: queries come back"),
+        "{}",
+        kun.log()
+    );
 }
 
 #[test]
@@ -330,7 +352,11 @@ fn check_config_and_explain() {
         fs::write(dir.path().join("Corefile"), corefile).unwrap();
         let output = command.arg(flag).output().unwrap();
         let text = |octets| String::from_utf8(octets).unwrap();
-        (output.status.code(), text(output.stdout), text(output.stderr))
+        (
+            output.status.code(),
+            text(output.stdout),
+            text(output.stderr),
+        )
     };
     let (code, out, _) = run(". {\nwhoami\n}", "--check-config");
     assert_eq!((code, out.as_str()), (Some(0), "ok\n"));
@@ -341,6 +367,10 @@ fn check_config_and_explain() {
         "{err}"
     );
     let (_, out, _) = run(". {\nwhoami\ncache\nerrors\n}", "--explain");
-    let names: Vec<&str> = out.lines().skip(2).filter_map(|l| l.split_whitespace().nth(1)).collect();
+    let names: Vec<&str> = out
+        .lines()
+        .skip(2)
+        .filter_map(|l| l.split_whitespace().nth(1))
+        .collect();
     assert_eq!(names, ["errors", "cache", "whoami"]);
 }
