@@ -10,13 +10,12 @@
 mod buffer;
 pub mod four;
 mod hairpin;
-mod icmp;
+pub mod icmp;
 pub mod six;
 mod state;
 pub mod sum;
 
 pub use buffer::Buffer;
-pub use icmp::{error_to_four, error_to_six};
 
 use crate::nat64::bib::{Bib4, Bib6, Fragment, FragmentKey, Session, SessionKey};
 use crate::nat64::{Counter, Settings};
@@ -115,10 +114,12 @@ pub struct Work {
     pub header: [u32; 10],
     /// The first words of the transport header: two, but four of TCP.
     pub l4: [u32; 4],
-    /// Where the transport header begins; 0: the packet is too big for IPv6 and is answered.
+    /// Where the transport header begins; in [`seal`], where ICMP begins.
     pub at: u32,
-    /// Octets from there; of a packet that is too big: all.
+    /// Octets from there.
     pub len: u32,
+    /// Sum of the pseudo-header that the ICMP checksum covers.
+    pub pseudo: u32,
     /// Protocol, in IPv4's numbers.
     pub proto: u32,
     /// ICMP type.
@@ -150,8 +151,12 @@ pub enum Step {
     Next,
     /// The step that no block covers the flow for: [`six::map_exception`] or [`four::map_exception`].
     Exception,
-    /// The step for ICMP errors: [`error_to_four`] or [`error_to_six`].
+    /// The steps for ICMP errors: [`icmp::verify`], then [`icmp::to_four`] or [`icmp::to_six`].
     Error,
+    /// The packet does not fit: [`icmp::too_big`].
+    TooBig,
+    /// The ICMP checksum is still to be computed: [`icmp::seal`].
+    Seal,
 }
 
 impl Step {
@@ -163,6 +168,8 @@ impl Step {
             Step::Next => Self::NEXT,
             Step::Exception => Self::EXCEPTION,
             Step::Error => Self::ERROR,
+            Step::TooBig => Self::TOO_BIG,
+            Step::Seal => Self::SEAL,
         }
     }
 
@@ -172,6 +179,10 @@ impl Step {
     pub const EXCEPTION: u32 = 257;
     /// [`Step::Error`] as a number.
     pub const ERROR: u32 = 258;
+    /// [`Step::TooBig`] as a number.
+    pub const TOO_BIG: u32 = 259;
+    /// [`Step::Seal`] as a number.
+    pub const SEAL: u32 = 260;
 
     /// A step's result as one.
     #[inline(always)]
@@ -207,7 +218,14 @@ pub fn six_to_four<P: Packet, T: Tables>(p: &mut P, t: &mut T, s: &Settings) -> 
     let mut w = Work::default();
     let mut step = Step::of(six::parse(p, t, s, &mut w));
     if step == Step::Error {
-        step = Step::of(error_to_four(p, t, s, &w));
+        step = Step::of(icmp::verify(p, &w));
+        if step == Step::Next {
+            step = Step::of(icmp::to_four(p, t, s, &mut w));
+        }
+        if step == Step::Seal {
+            step = Step::of(icmp::seal(p, &w));
+        }
+        return step.verdict();
     }
     if step == Step::Next {
         step = Step::of(six::map(s, &mut w));
@@ -225,6 +243,16 @@ pub fn six_to_four<P: Packet, T: Tables>(p: &mut P, t: &mut T, s: &Settings) -> 
 pub fn four_to_six<P: Packet, T: Tables>(p: &mut P, t: &mut T, s: &Settings) -> Verdict {
     let mut w = Work::default();
     let mut step = Step::of(four::parse(p, t, s, &mut w));
+    if step == Step::Error {
+        step = Step::of(icmp::verify(p, &w));
+        if step == Step::Next {
+            step = Step::of(icmp::to_six(p, t, s, &mut w));
+        }
+        if step == Step::Seal {
+            step = Step::of(icmp::seal(p, &w));
+        }
+        return step.verdict();
+    }
     if step == Step::Next {
         step = Step::of(four::map(s, &mut w));
     }
@@ -232,10 +260,13 @@ pub fn four_to_six<P: Packet, T: Tables>(p: &mut P, t: &mut T, s: &Settings) -> 
         step = Step::of(four::map_exception(t, &mut w));
     }
     if step == Step::Next {
-        step = Step::of(four::write(p, t, s, &mut w));
+        step = Step::of(four::write(p, t, s, &w));
     }
-    if step == Step::Error {
-        step = Step::of(error_to_six(p, t, s, &w));
+    if step == Step::TooBig {
+        step = Step::of(icmp::too_big(p, t, s, &mut w));
+    }
+    if step == Step::Seal {
+        step = Step::of(icmp::seal(p, &w));
     }
     step.verdict()
 }
@@ -245,7 +276,7 @@ impl Step {
     fn verdict(self) -> Verdict {
         match self {
             Step::Done(v) => v,
-            Step::Next | Step::Exception | Step::Error => Verdict::Drop(Reason::Malformed),
+            _ => Verdict::Drop(Reason::Malformed),
         }
     }
 }

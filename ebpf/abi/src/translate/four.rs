@@ -96,7 +96,10 @@ pub fn parse<P: Packet, T: Tables>(
     w.remote_port = 0;
     match w.kind {
         ECHO_REQUEST | ECHO_REPLY => Ok(Step::Next),
-        3 | 11 | 12 => Ok(Step::Error),
+        3 | 11 | 12 => {
+            w.pseudo = 0;
+            Ok(Step::Error)
+        }
         _ => Err(Reason::Nat64Untranslatable),
     }
 }
@@ -181,13 +184,13 @@ pub fn map_exception<T: Tables>(t: &mut T, w: &mut Work) -> Result<Step, Reason>
     Ok(Step::Next)
 }
 
-/// Third step: the packet becomes IPv6, or is found too big ([`Step::Error`]).
+/// Third step: the packet becomes IPv6, or is found too big ([`Step::TooBig`]).
 #[inline(always)]
 pub fn write<P: Packet, T: Tables>(
     p: &mut P,
     t: &mut T,
     s: &Settings,
-    w: &mut Work,
+    w: &Work,
 ) -> Result<Step, Reason> {
     let proto = w.proto;
     let (header, len) = (w.at, w.len);
@@ -207,9 +210,7 @@ pub fn write<P: Packet, T: Tables>(
         if w.fragment & DF == 0 || header != FOUR {
             return Err(Reason::Nat64TooBig);
         }
-        w.at = 0;
-        w.len = len + FOUR;
-        return Ok(Step::Error);
+        return Ok(Step::TooBig);
     }
     if w.fragmented != 0 {
         let seen = t.now();

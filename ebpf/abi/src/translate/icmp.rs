@@ -175,23 +175,32 @@ fn inner_checksum<P: Packet>(
     Ok(())
 }
 
+/// First step of an error: its checksum.
+#[inline(always)]
+pub fn verify<P: Packet>(p: &P, w: &Work) -> Result<Step, Reason> {
+    let whole = p.sum(w.at, w.len).ok_or(Reason::Malformed)?;
+    need(sum::fold(sum::add(whole, w.pseudo)) == 0xffff)?;
+    Ok(Step::Next)
+}
+
+/// Last step of an error: the new checksum, over a field that is zero.
+#[inline(always)]
+pub fn seal<P: Packet>(p: &mut P, w: &Work) -> Result<Step, Reason> {
+    let whole = p.sum(w.at, w.len).ok_or(Reason::Malformed)?;
+    need(p.store_half(w.at + 2, !sum::fold(sum::add(whole, w.pseudo))))?;
+    Ok(Step::Done(Verdict::Send))
+}
+
 /// Translates an ICMPv6 error. `e` as the first step filled it.
 #[inline(always)]
-pub fn error_to_four<P: Packet, T: Tables>(
+pub fn to_four<P: Packet, T: Tables>(
     p: &mut P,
     t: &mut T,
     s: &Settings,
-    e: &Work,
+    e: &mut Work,
 ) -> Result<Step, Reason> {
     let h = &e.header;
     need(e.len >= ICMP + SIX + 8)?;
-    let addresses = sum::of(&[h[2], h[3], h[4], h[5], h[6], h[7], h[8], h[9]]);
-    let check = sum::add(
-        p.sum(e.at, e.len).ok_or(Reason::Malformed)?,
-        sum::add(addresses, pseudo_icmp6(e.len)),
-    );
-    need(sum::fold(check) == 0xffff)?;
-
     let mut icmp = [0u32; 2];
     let mut i = [0u32; 10];
     let mut words = [0u32; 2];
@@ -293,31 +302,24 @@ pub fn error_to_four<P: Packet, T: Tables>(
     let head = [(kind.ty << 24 | kind.code << 16).to_be(), kind.word.to_be()];
     need(p.store(FOUR, &head) && p.store(FOUR + ICMP, &inner_header))?;
     inner_checksum(p, at, payload, proto, Quoted { new, old: words }, pseudo)?;
-    let whole = p
-        .sum(FOUR, ICMP + FOUR + payload)
-        .ok_or(Reason::Malformed)?;
-    need(p.store_half(FOUR + 2, !sum::fold(whole)))?;
+    e.at = FOUR;
+    e.len = ICMP + FOUR + payload;
+    e.pseudo = 0;
     t.count(Counter::IcmpError);
     t.count(Counter::SixToFour);
-    Ok(Step::Done(Verdict::Send))
+    Ok(Step::Seal)
 }
 
-/// Translates an ICMPv4 error, or answers a packet that is too big. `e` as the first step filled it.
+/// Translates an ICMPv4 error. `e` as the first step filled it.
 #[inline(always)]
-pub fn error_to_six<P: Packet, T: Tables>(
+pub fn to_six<P: Packet, T: Tables>(
     p: &mut P,
     t: &mut T,
     s: &Settings,
-    e: &Work,
+    e: &mut Work,
 ) -> Result<Step, Reason> {
-    if e.at == 0 {
-        return too_big(p, t, s, e);
-    }
     let h = &e.header;
     need(e.len >= ICMP + FOUR + 8)?;
-    let check = p.sum(e.at, e.len).ok_or(Reason::Malformed)?;
-    need(sum::fold(check) == 0xffff)?;
-
     let mut icmp = [0u32; 2];
     let mut i = [0u32; 5];
     let mut words = [0u32; 2];
@@ -417,14 +419,12 @@ pub fn error_to_six<P: Packet, T: Tables>(
     let outer_addresses = sum::of(&[
         outer[2], outer[3], outer[4], outer[5], outer[6], outer[7], outer[8], outer[9],
     ]);
-    let whole = sum::add(
-        p.sum(SIX, icmp_len).ok_or(Reason::Malformed)?,
-        sum::add(outer_addresses, pseudo_icmp6(icmp_len)),
-    );
-    need(p.store_half(SIX + 2, !sum::fold(whole)))?;
+    e.at = SIX;
+    e.len = icmp_len;
+    e.pseudo = sum::add(outer_addresses, pseudo_icmp6(icmp_len));
     t.count(Counter::IcmpError);
     t.count(Counter::FourToSix);
-    Ok(Step::Done(Verdict::Send))
+    Ok(Step::Seal)
 }
 
 /// Octets of the inner packet's payload that go into the translation: what came, without an extension or padding, and no
@@ -447,14 +447,15 @@ fn quoted(came: u32, attribute: u32, has_attribute: bool, inner_payload: u32, mo
 /// Turns an IPv4 packet that does not fit into the "fragmentation needed" that its sender gets (RFC 7915 §4.1). Its source is
 /// the exceptions' address: it is routed to the gateways from everywhere, which a link address need not be.
 #[inline(always)]
-fn too_big<P: Packet, T: Tables>(
+pub fn too_big<P: Packet, T: Tables>(
     p: &mut P,
     t: &mut T,
     s: &Settings,
-    e: &Work,
+    e: &mut Work,
 ) -> Result<Step, Reason> {
     let h = &e.header;
-    let quote = if e.len < QUOTED { e.len } else { QUOTED };
+    // It is longer than an MTU.
+    let quote = QUOTED;
     let outer = header4(
         0,
         FOUR + ICMP + quote,
@@ -472,8 +473,9 @@ fn too_big<P: Packet, T: Tables>(
     front[6] = (s.mtu - 20).to_be();
     front[7..].copy_from_slice(&h[..5]);
     need(p.store(0, &front))?;
-    let whole = p.sum(FOUR, ICMP + quote).ok_or(Reason::Malformed)?;
-    need(p.store_half(FOUR + 2, !sum::fold(whole)))?;
+    e.at = FOUR;
+    e.len = ICMP + quote;
+    e.pseudo = 0;
     t.count(Counter::TooBig);
-    Ok(Step::Done(Verdict::Send))
+    Ok(Step::Seal)
 }

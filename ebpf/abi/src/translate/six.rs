@@ -155,7 +155,10 @@ pub fn parse<P: Packet, T: Tables>(
     w.remote_port = 0;
     match w.kind {
         ECHO_REQUEST | ECHO_REPLY => Ok(Step::Next),
-        1..=4 => Ok(Step::Error),
+        1..=4 => {
+            w.pseudo = sum::add(addresses(&w.header), pseudo_icmp6(len));
+            Ok(Step::Error)
+        }
         _ => Err(Reason::Nat64Untranslatable),
     }
 }

@@ -17,7 +17,7 @@ use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use kun_ebpf_abi::nat64::Settings;
-use kun_ebpf_abi::translate::{Step, Verdict, Work, error_to_four, error_to_six, four, six};
+use kun_ebpf_abi::translate::{Step, Verdict, Work, four, icmp, six};
 
 use crate::skb::Skb;
 use crate::tables::Maps;
@@ -51,7 +51,14 @@ pub fn nat64_uplink(ctx: TcContext) -> i32 {
 fn from_six(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
     let mut code = six_parse(skb, s, w);
     if code == Step::ERROR {
-        return six_error(skb, s, w);
+        code = verify(skb, w);
+        if code == Step::NEXT {
+            code = six_error(skb, s, w);
+        }
+        if code == Step::SEAL {
+            code = seal(skb, w);
+        }
+        return code;
     }
     if code == Step::NEXT {
         code = six_map(s, w);
@@ -68,6 +75,12 @@ fn from_six(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
 #[inline(always)]
 fn from_four(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
     let mut code = four_parse(skb, s, w);
+    if code == Step::ERROR {
+        code = verify(skb, w);
+        if code == Step::NEXT {
+            code = four_error(skb, s, w);
+        }
+    }
     if code == Step::NEXT {
         code = four_map(s, w);
     }
@@ -77,8 +90,11 @@ fn from_four(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
     if code == Step::NEXT {
         code = four_write(skb, s, w);
     }
-    if code == Step::ERROR {
-        code = four_error(skb, s, w);
+    if code == Step::TOO_BIG {
+        code = four_too_big(skb, s, w);
+    }
+    if code == Step::SEAL {
+        code = seal(skb, w);
     }
     code
 }
@@ -123,8 +139,18 @@ fn six_write(skb: *mut __sk_buff, s: &Settings, w: &Work) -> u32 {
 }
 
 #[inline(never)]
-fn six_error(skb: *mut __sk_buff, s: &Settings, w: &Work) -> u32 {
-    Step::of(error_to_four(&mut Skb(skb), &mut Maps, s, w)).code()
+fn six_error(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
+    Step::of(icmp::to_four(&mut Skb(skb), &mut Maps, s, w)).code()
+}
+
+#[inline(never)]
+fn verify(skb: *mut __sk_buff, w: &Work) -> u32 {
+    Step::of(icmp::verify(&Skb(skb), w)).code()
+}
+
+#[inline(never)]
+fn seal(skb: *mut __sk_buff, w: &Work) -> u32 {
+    Step::of(icmp::seal(&mut Skb(skb), w)).code()
 }
 
 #[inline(never)]
@@ -143,11 +169,16 @@ fn four_exception(w: &mut Work) -> u32 {
 }
 
 #[inline(never)]
-fn four_write(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
+fn four_write(skb: *mut __sk_buff, s: &Settings, w: &Work) -> u32 {
     Step::of(four::write(&mut Skb(skb), &mut Maps, s, w)).code()
 }
 
 #[inline(never)]
-fn four_error(skb: *mut __sk_buff, s: &Settings, w: &Work) -> u32 {
-    Step::of(error_to_six(&mut Skb(skb), &mut Maps, s, w)).code()
+fn four_error(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
+    Step::of(icmp::to_six(&mut Skb(skb), &mut Maps, s, w)).code()
+}
+
+#[inline(never)]
+fn four_too_big(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
+    Step::of(icmp::too_big(&mut Skb(skb), &mut Maps, s, w)).code()
 }
