@@ -102,8 +102,11 @@ impl Default for Batch {
             paths: vec![path; BATCH].into(),
             vectors: vec![vector; BATCH].into(),
             headers: vec![header; BATCH].into(),
-            answers: vec![Vec::with_capacity(usize::from(kun_dns_core::wire::UDP_PAYLOAD)); BATCH]
-                .into(),
+            answers: std::iter::repeat_with(|| {
+                Vec::with_capacity(usize::from(kun_dns_core::wire::UDP_PAYLOAD))
+            })
+            .take(BATCH)
+            .collect(),
         }
     }
 }

@@ -104,11 +104,13 @@ impl Parser<'_> {
 
     fn block(&mut self) -> Result<Option<RawBlock>, Fault> {
         let (keys, ended) = self.keys()?;
-        if let [key] = &keys[..] {
-            if !ended && key.text.starts_with('(') && key.text.ends_with(')') {
-                self.snippet(key)?;
-                return Ok(None);
-            }
+        if let [key] = &keys[..]
+            && !ended
+            && key.text.starts_with('(')
+            && key.text.ends_with(')')
+        {
+            self.snippet(key)?;
+            return Ok(None);
         }
         if ended {
             return Ok((!keys.is_empty()).then_some(RawBlock {

@@ -377,10 +377,11 @@ impl Chain {
                 write_message(query, &m, out);
                 return Walk::Answered(Source::Dns64);
             }
-            if query.qtype == rtype::PTR && may_synthesise(profile) {
-                if let Some((record, target)) = reverse(spec, name) {
-                    return Walk::Alias(record, target);
-                }
+            if query.qtype == rtype::PTR
+                && may_synthesise(profile)
+                && let Some((record, target)) = reverse(spec, name)
+            {
+                return Walk::Alias(record, target);
             }
         }
         for link in &self.links {

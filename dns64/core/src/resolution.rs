@@ -64,6 +64,10 @@ pub struct Outcome {
 }
 
 #[derive(Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one for each query in flight, and mostly the large one"
+)]
 enum Stage {
     Plain,
     Synthesis {

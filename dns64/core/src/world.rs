@@ -173,6 +173,10 @@ impl World {
     }
 
     /// Answers one message that came in by listener `listen`. `now` counts from any fixed moment; `seed` is any number.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the wire, where it came from, and what a core may not ask for itself"
+    )]
     pub fn handle(
         &self,
         listen: usize,

@@ -267,10 +267,13 @@ fn who_is_outside_or_opted_out_keeps_the_service_address() {
             served(&world.ask(&container, &to)[0]),
             "a nested cgroup is served"
         );
-        assert_eq!(world.ask(&outside, &to), [unreachable.clone()]);
+        assert_eq!(world.ask(&outside, &to), std::slice::from_ref(&unreachable));
         let id = std::fs::metadata(pod.path()).unwrap().ino();
         world.rig.plane.maps().opt_out(id).unwrap();
-        assert_eq!(world.ask(&container, &to), [unreachable.clone()]);
+        assert_eq!(
+            world.ask(&container, &to),
+            std::slice::from_ref(&unreachable)
+        );
         assert!(
             served(&world.ask(&world.cgroup, &to)[0]),
             "its parent is served still"

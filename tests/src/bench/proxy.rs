@@ -203,7 +203,7 @@ fn slice(i: u32, endpoints: u16) -> Object {
                 serving: true,
                 terminating: false,
                 // One endpoint in five hundred is here, as on a node of a large cluster.
-                node: (i % 50 == 0 && n == 0).then(|| "node-0".into()),
+                node: (i.is_multiple_of(50) && n == 0).then(|| "node-0".into()),
                 zone: None,
                 hostname: None,
                 pod: None,

@@ -186,7 +186,7 @@ pub(crate) fn tcp(sport: u16, dport: u16, flags: u8, options: &[u8], data: &[u8]
     p.extend(dport.to_be_bytes());
     p.extend([1, 2, 3, 4, 5, 6, 7, 8]);
     p.extend([
-        ((20 + options.len()) / 4 << 4) as u8,
+        (((20 + options.len()) / 4) << 4) as u8,
         flags,
         0x10,
         0,
