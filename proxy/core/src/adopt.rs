@@ -63,7 +63,7 @@ impl Planner {
                 continue;
             };
             if view.count == 0 && !planner.orphans.contains(id) {
-                if *id < planner.limit_services() {
+                if *id < planner.limits.services {
                     planner.place(*id);
                     planner.epochs[*id as usize][index] = view.epoch;
                 }
@@ -83,7 +83,7 @@ impl Planner {
 
     /// Starts over from what `observed` holds, with the cluster as it was told so far: the way back after an op that failed.
     pub fn adopt_again(&mut self, observed: &Observed) {
-        let fresh = Planner::adopt(self.here.clone(), self.limits(), observed);
+        let fresh = Planner::adopt(self.here.clone(), self.limits, observed);
         let old = std::mem::replace(self, fresh);
         self.take_cluster(old);
     }
@@ -117,7 +117,7 @@ impl Planner {
 
     /// The port of service id `id`, made as an orphan when it is new; `None`: the id is beyond the map.
     fn orphan(&mut self, id: u32) -> Option<&mut HeldPort> {
-        if id >= self.limit_services() {
+        if id >= self.limits.services {
             return None;
         }
         self.place(id);

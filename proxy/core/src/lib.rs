@@ -17,6 +17,7 @@ mod model;
 mod ops;
 mod planner;
 mod port;
+mod reconcile;
 mod service;
 mod table;
 mod why;

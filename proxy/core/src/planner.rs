@@ -9,16 +9,16 @@ use std::sync::Arc;
 
 use foldhash::fast::FixedState;
 use kun_cluster::{Delta, EndpointSlice, Event, Kind, Node, Object, ObjectName, Service};
-use kun_ebpf_abi::service::{Scope, ServiceKey, ServiceValue, View, ViewKind};
+use kun_ebpf_abi::service::{Scope, ServiceKey, ViewKind};
 
 use crate::extent::{Extent, Extents};
 use crate::ids::Ids;
 use crate::ops::Op;
-use crate::port::{Held, HeldPort, Published, method};
+use crate::port::HeldPort;
+use crate::reconcile::Steps;
 use crate::service::{
     DesiredPort, Frontend, Here, MAX_TARGETS, PLANNED_VIEWS, PortKey, desired, ip,
 };
-use crate::table::{Method, build, size};
 
 /// spec.loadBalancerClass of Services whose addresses kun gives and announces.
 const OUR_CLASSES: &str = "kun.network/";
@@ -86,10 +86,10 @@ pub struct Totals {
 
 /// Out of use, but a program may still be reading it.
 #[derive(Debug, Default)]
-struct Retired {
-    services: Vec<u32>,
-    backends: Vec<u32>,
-    extents: Vec<Extent>,
+pub(crate) struct Retired {
+    pub(crate) services: Vec<u32>,
+    pub(crate) backends: Vec<u32>,
+    pub(crate) extents: Vec<Extent>,
 }
 
 impl Retired {
@@ -98,25 +98,25 @@ impl Retired {
     }
 }
 
-/// Slices of one Service, by name.
-type Slices = BTreeMap<ObjectName, Arc<EndpointSlice>>;
+/// Slices of one Service, ascending by name: one as a rule, a thousand at most (a slice holds a hundred endpoints).
+type Slices = Vec<Arc<EndpointSlice>>;
 
 /// The planner.
 #[derive(Debug)]
 pub struct Planner {
     pub(crate) here: Here,
-    limits: Limits,
+    pub(crate) limits: Limits,
     pub(crate) services: HashMap<ObjectName, Arc<Service>, FixedState>,
     pub(crate) slices: HashMap<ObjectName, Slices, FixedState>,
-    /// Which Service a slice was last seen under: its label may change.
-    slice_owner: HashMap<ObjectName, ObjectName, FixedState>,
-    dirty: BTreeSet<ObjectName>,
+    /// Every slice by its own name: the label that names its Service may change.
+    slice: HashMap<ObjectName, Arc<EndpointSlice>, FixedState>,
+    pub(crate) dirty: BTreeSet<ObjectName>,
     synced: bool,
     pub(crate) ports: Vec<Option<HeldPort>>,
     pub(crate) ids_of: HashMap<ObjectName, Vec<u32>, FixedState>,
     pub(crate) holders: HashMap<ServiceKey, u32, FixedState>,
     /// Services that want a frontend which another one has.
-    losers: BTreeMap<ServiceKey, BTreeSet<ObjectName>>,
+    pub(crate) losers: BTreeMap<ServiceKey, BTreeSet<ObjectName>>,
     pub(crate) orphans: BTreeSet<u32>,
     pub(crate) service_ids: Ids,
     pub(crate) backend_ids: Ids,
@@ -125,33 +125,8 @@ pub struct Planner {
     pub(crate) generations: Vec<u32>,
     /// Last epoch of each view of each service id.
     pub(crate) epochs: Vec<[u16; PLANNED_VIEWS.len()]>,
-    retired: Retired,
+    pub(crate) retired: Retired,
     problems: BTreeMap<ObjectName, Vec<Problem>>,
-}
-
-/// Ops of one step, by the place that they have in the order.
-#[derive(Default)]
-struct Steps {
-    backends: Vec<Op>,
-    slots: Vec<Op>,
-    publish: Vec<Op>,
-    frontends: Vec<Op>,
-    remove_frontends: Vec<Op>,
-    unpublish: Vec<Op>,
-    kill: Vec<Op>,
-}
-
-impl Steps {
-    fn ordered(self) -> Vec<Op> {
-        let mut ops = self.backends;
-        ops.extend(self.slots);
-        ops.extend(self.publish);
-        ops.extend(self.frontends);
-        ops.extend(self.remove_frontends);
-        ops.extend(self.unpublish);
-        ops.extend(self.kill);
-        ops
-    }
 }
 
 impl Planner {
@@ -162,7 +137,7 @@ impl Planner {
             limits,
             services: HashMap::default(),
             slices: HashMap::default(),
-            slice_owner: HashMap::default(),
+            slice: HashMap::default(),
             dirty: BTreeSet::new(),
             synced: false,
             ports: Vec::new(),
@@ -199,12 +174,10 @@ impl Planner {
             }
             Delta::Upsert(Object::EndpointSlice(slice)) => {
                 self.forget_slice(&slice.meta.name);
-                self.slice_owner
-                    .insert(slice.meta.name.clone(), slice.service.clone());
-                self.slices
-                    .entry(slice.service.clone())
-                    .or_default()
-                    .insert(slice.meta.name.clone(), slice.clone());
+                self.slice.insert(slice.meta.name.clone(), slice.clone());
+                let slices = self.slices.entry(slice.service.clone()).or_default();
+                let at = slices.partition_point(|s| s.meta.name < slice.meta.name);
+                slices.insert(at, slice.clone());
                 self.dirty.insert(slice.service.clone());
             }
             Delta::Upsert(Object::Node(node)) => self.on_node(node),
@@ -218,16 +191,18 @@ impl Planner {
     }
 
     fn forget_slice(&mut self, name: &ObjectName) {
-        let Some(owner) = self.slice_owner.remove(name) else {
+        let Some(gone) = self.slice.remove(name) else {
             return;
         };
-        if let Some(slices) = self.slices.get_mut(&owner) {
-            slices.remove(name);
+        if let Some(slices) = self.slices.get_mut(&gone.service) {
+            if let Ok(at) = slices.binary_search_by(|s| s.meta.name.cmp(name)) {
+                slices.remove(at);
+            }
             if slices.is_empty() {
-                self.slices.remove(&owner);
+                self.slices.remove(&gone.service);
             }
         }
-        self.dirty.insert(owner);
+        self.dirty.insert(gone.service.clone());
     }
 
     fn on_node(&mut self, node: &Node) {
@@ -340,7 +315,7 @@ impl Planner {
                 let slices = self.slices.get(name);
                 desired(
                     service,
-                    slices.into_iter().flat_map(|s| s.values().map(Arc::as_ref)),
+                    slices.into_iter().flatten().map(Arc::as_ref),
                     &self.here,
                 )
             }
@@ -385,7 +360,13 @@ impl Planner {
         }
     }
 
-    fn full(&mut self, name: &ObjectName, map: &'static str, option: &'static str, limit: u32) {
+    pub(crate) fn full(
+        &mut self,
+        name: &ObjectName,
+        map: &'static str,
+        option: &'static str,
+        limit: u32,
+    ) {
         self.problem(name, Problem::Full { map, option, limit });
     }
 
@@ -461,280 +442,13 @@ impl Planner {
         }
     }
 
-    fn reconcile(&mut self, id: u32, want: DesiredPort, steps: &mut Steps) {
-        let mut port = self.ports[id as usize]
-            .take()
-            .expect("an id in use has a port");
-        let name = want.key.service.clone();
-        let dead = self.merge_backends(id, &mut port, &want, steps);
-        let external = want.frontends.iter().any(|f| f.scope == Scope::External);
-        let mut cut = false;
-        for (index, kind) in PLANNED_VIEWS.into_iter().enumerate() {
-            cut |= !self.publish(id, index, kind, external, &mut port, steps);
-        }
-        if cut {
-            self.full(&name, "slots", "maxSlots", self.limits.slots);
-        }
-        self.merge_frontends(id, &mut port, &want, steps);
-        for held in dead {
-            self.kill(id, &held, steps);
-        }
-        port.key = Some(want.key);
-        self.ports[id as usize] = Some(port);
-    }
-
-    /// Brings `port.backends` to `want.targets`; what is left over is returned, to be killed once no view holds it.
-    fn merge_backends(
-        &mut self,
-        id: u32,
-        port: &mut HeldPort,
-        want: &DesiredPort,
-        steps: &mut Steps,
-    ) -> Vec<Held> {
-        let mut dead = Vec::new();
-        let mut held = std::mem::take(&mut port.backends).into_iter().peekable();
-        let mut merged = Vec::with_capacity(want.targets.len());
-        for target in &want.targets {
-            let key = (target.addr, target.port);
-            while let Some(gone) = held.next_if(|h| h.key() < key) {
-                dead.push(gone);
-            }
-            if let Some(mut same) = held.next_if(|h| h.key() == key) {
-                let before = same.record(id);
-                if same.members != target.members {
-                    for (view, kind) in port.views.iter_mut().zip(PLANNED_VIEWS) {
-                        view.stale |= same.members.has(kind) != target.members.has(kind);
-                    }
-                    same.members = target.members;
-                }
-                same.local = target.local;
-                same.state = target.state();
-                let record = same.record(id);
-                if record != before {
-                    // To ACTIVE before the views change; to DRAINING after, like a death.
-                    let place = if same.members == crate::Members::NONE {
-                        &mut steps.kill
-                    } else {
-                        &mut steps.backends
-                    };
-                    place.push(Op::Backend {
-                        id: same.id,
-                        record,
-                    });
-                }
-                merged.push(same);
-                continue;
-            }
-            let Some(backend) = self.backend_ids.take() else {
-                self.full(
-                    &want.key.service,
-                    "backends",
-                    "maxBackends",
-                    self.limits.backends,
-                );
-                continue;
-            };
-            let index = backend as usize;
-            if self.generations.len() <= index {
-                self.generations.resize(index + 1, 0);
-            }
-            self.generations[index] = self.generations[index].wrapping_add(1);
-            let fresh = Held {
-                addr: target.addr,
-                port: target.port,
-                members: target.members,
-                local: target.local,
-                state: target.state(),
-                id: backend,
-                generation: self.generations[index],
-            };
-            for (view, kind) in port.views.iter_mut().zip(PLANNED_VIEWS) {
-                view.stale |= fresh.members.has(kind);
-            }
-            steps.backends.push(Op::Backend {
-                id: backend,
-                record: fresh.record(id),
-            });
-            merged.push(fresh);
-        }
-        dead.extend(held);
-        for gone in &dead {
-            for (view, kind) in port.views.iter_mut().zip(PLANNED_VIEWS) {
-                view.stale |= gone.members.has(kind);
-            }
-        }
-        port.backends = merged;
-        dead
-    }
-
-    /// Publishes one view where its members or its method changed; `false`: no room for the slots, the old set stays.
-    fn publish(
-        &mut self,
-        id: u32,
-        index: usize,
-        kind: ViewKind,
-        external: bool,
-        port: &mut HeldPort,
-        steps: &mut Steps,
-    ) -> bool {
-        let method = method(kind, external);
-        let held = port.views[index];
-        let maglev = method == Method::Maglev;
-        if !held.stale && (held.maglev == maglev || held.view.count == 0) {
-            return true;
-        }
-        let entries = port.entries(kind);
-        let count = size(method, entries.len());
-        let extent = match count {
-            0 => None,
-            _ => match self.extents.take(count) {
-                Some(extent) => Some(extent),
-                None => return false,
-            },
-        };
-        let epoch = &mut self.epochs[id as usize][index];
-        *epoch = epoch.wrapping_add(1);
-        let view = View {
-            epoch: *epoch,
-            count: count as u16,
-            base: extent.map_or(0, |e| e.base),
-        };
-        if let Some(extent) = extent {
-            steps.slots.push(Op::Slots {
-                base: extent.base,
-                ids: build(method, &entries),
-            });
-        }
-        // A view runs empty only after frontends that leave it have left.
-        let place = if count == 0 {
-            &mut steps.unpublish
-        } else {
-            &mut steps.publish
-        };
-        place.push(Op::Publish {
-            service: id,
-            view: kind,
-            value: view,
-        });
-        self.retired.extents.extend(held.extent);
-        port.views[index] = Published {
-            view,
-            extent,
-            maglev,
-            stale: false,
-        };
-        true
-    }
-
-    fn merge_frontends(
-        &mut self,
-        id: u32,
-        port: &mut HeldPort,
-        want: &DesiredPort,
-        steps: &mut Steps,
-    ) {
-        let mut full = false;
-        let mut kept = Vec::with_capacity(want.frontends.len());
-        for frontend in &want.frontends {
-            let same =
-                self.holders.get(&frontend.key) == Some(&id) && port.frontends.contains(frontend);
-            if !same {
-                if !self.holders.contains_key(&frontend.key)
-                    && self.holders.len() >= self.limits.services as usize
-                {
-                    full = true;
-                    continue;
-                }
-                steps.frontends.push(Op::Frontend {
-                    key: frontend.key,
-                    value: value(id, frontend),
-                });
-                self.holders.insert(frontend.key, id);
-            }
-            kept.push(*frontend);
-        }
-        let gone = std::mem::replace(&mut port.frontends, kept);
-        for frontend in gone {
-            if !want.frontends.iter().any(|w| w.key == frontend.key) {
-                self.release(id, &frontend, steps);
-            }
-        }
-        if full {
-            let name = &want.key.service;
-            self.full(name, "services", "maxServices", self.limits.services);
-        }
-    }
-
-    /// Removes a frontend, unless another service id has it by now; whoever lost it before plans again.
-    fn release(&mut self, id: u32, frontend: &Frontend, steps: &mut Steps) {
-        if self.holders.get(&frontend.key) != Some(&id) {
-            return;
-        }
-        self.holders.remove(&frontend.key);
-        steps
-            .remove_frontends
-            .push(Op::RemoveFrontend { key: frontend.key });
-        if let Some(losers) = self.losers.get(&frontend.key) {
-            self.dirty.extend(losers.iter().cloned());
-        }
-    }
-
-    fn remove_port(&mut self, id: u32, steps: &mut Steps) {
-        let port = self.ports[id as usize]
-            .take()
-            .expect("an id in use has a port");
-        for frontend in &port.frontends {
-            self.release(id, frontend, steps);
-        }
-        for (index, kind) in PLANNED_VIEWS.into_iter().enumerate() {
-            let held = port.views[index];
-            if held.view.count > 0 {
-                let epoch = &mut self.epochs[id as usize][index];
-                *epoch = epoch.wrapping_add(1);
-                steps.unpublish.push(Op::Publish {
-                    service: id,
-                    view: kind,
-                    value: View {
-                        epoch: *epoch,
-                        count: 0,
-                        base: 0,
-                    },
-                });
-            }
-            self.retired.extents.extend(held.extent);
-        }
-        for held in &port.backends {
-            self.kill(id, held, steps);
-        }
-        self.retired.services.push(id);
-    }
-
-    fn kill(&mut self, service: u32, held: &Held, steps: &mut Steps) {
-        let record = held.dead(service);
-        self.generations[held.id as usize] = record.generation;
-        steps.kill.push(Op::Backend {
-            id: held.id,
-            record,
-        });
-        self.retired.backends.push(held.id);
-    }
-
-    /// Sizes of the maps.
-    pub(crate) fn limits(&self) -> Limits {
-        self.limits
-    }
-
     /// Takes the cluster from another planner, and plans all of it.
     pub(crate) fn take_cluster(&mut self, from: Planner) {
         self.dirty.extend(from.services.keys().cloned());
         self.services = from.services;
         self.slices = from.slices;
-        self.slice_owner = from.slice_owner;
+        self.slice = from.slice;
         self.synced = from.synced;
-    }
-
-    pub(crate) fn limit_services(&self) -> u32 {
-        self.limits.services
     }
 
     /// The service id that a frontend leads to, with its key; `None` while nobody has it.
@@ -742,16 +456,5 @@ impl Planner {
         let id = *self.holders.get(key)?;
         let port = self.ports[id as usize].as_ref()?;
         Some((id, port.key.as_ref()?))
-    }
-}
-
-fn value(service: u32, frontend: &Frontend) -> ServiceValue {
-    ServiceValue {
-        service,
-        scope: frontend.scope as u8,
-        internal_view: frontend.internal as u8,
-        external_view: frontend.external as u8,
-        pad: 0,
-        affinity_secs: frontend.affinity_secs,
     }
 }

@@ -5,7 +5,8 @@
 //! two slices counts once. Refuses (plans nothing for) headless and ExternalName Services and those that carry
 //! `service.kubernetes.io/service-proxy-name`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -270,40 +271,38 @@ fn endpoints<'a>(
     family: Family,
     slices: impl Iterator<Item = &'a EndpointSlice>,
     here: &Here,
-) -> BTreeMap<(Addr, u16), Conditions> {
-    let mut found: BTreeMap<(Addr, u16), Conditions> = BTreeMap::new();
+) -> Vec<(u128, u16, Conditions)> {
+    let mut found = Vec::new();
     for slice in slices {
         let numbers = slice
             .ports
             .iter()
             .filter(|p| p.name == port.name && p.protocol == port.protocol);
         for number in numbers {
-            for endpoint in &slice.endpoints {
-                if Family::of(endpoint.address) != family {
-                    continue;
-                }
+            let same_family = slice
+                .endpoints
+                .iter()
+                .filter(|e| Family::of(e.address) == family);
+            found.extend(same_family.map(|endpoint| {
                 let conditions = Conditions {
                     ready: endpoint.ready || service.publish_not_ready,
                     serving: endpoint.serving,
                     terminating: endpoint.terminating,
                     local: endpoint.node.as_ref() == Some(&here.node),
                 };
-                found
-                    .entry((addr(endpoint.address), number.port))
-                    .and_modify(|c| {
-                        if conditions.rank() > c.rank() {
-                            *c = conditions;
-                        }
-                    })
-                    .or_insert(conditions);
-            }
+                let address = u128::from_be_bytes(addr(endpoint.address).octets());
+                (address, number.port, conditions)
+            }));
         }
     }
+    // The livelier entry of an address first, so that it is the one that stays.
+    found.sort_unstable_by_key(|(address, port, c)| (*address, *port, Reverse(c.rank())));
+    found.dedup_by_key(|(address, port, _)| (*address, *port));
     found
 }
 
-fn targets(endpoints: &BTreeMap<(Addr, u16), Conditions>, protocol: Protocol) -> Vec<Target> {
-    let any = |f: &dyn Fn(&Conditions) -> bool| endpoints.values().any(f);
+fn targets(endpoints: &[(u128, u16, Conditions)], protocol: Protocol) -> Vec<Target> {
+    let any = |f: &dyn Fn(&Conditions) -> bool| endpoints.iter().any(|(_, _, c)| f(c));
     let usable = |c: &Conditions, fallback: bool| {
         if fallback {
             c.serving && c.terminating
@@ -315,7 +314,7 @@ fn targets(endpoints: &BTreeMap<(Addr, u16), Conditions>, protocol: Protocol) ->
     let local_fallback = !any(&|c| c.ready && c.local);
     endpoints
         .iter()
-        .filter_map(|(&(addr, port), c)| {
+        .filter_map(|&(address, port, ref c)| {
             let mut members = Members::NONE;
             if usable(c, cluster_fallback) {
                 members = members.with(ViewKind::Cluster);
@@ -327,7 +326,7 @@ fn targets(endpoints: &BTreeMap<(Addr, u16), Conditions>, protocol: Protocol) ->
             // moves on, unless the endpoint terminates and still serves.
             let listed = members != Members::NONE || c.serving || protocol == Protocol::Tcp;
             listed.then_some(Target {
-                addr,
+                addr: Addr::v6(address.to_be_bytes()),
                 port: Port::new(port),
                 members,
                 local: c.local,

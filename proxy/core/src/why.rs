@@ -184,11 +184,7 @@ impl Planner {
             detail: format!("id {}, generation {}", held.id, held.generation),
             source: None,
         });
-        let slices = self
-            .slices
-            .get(service)
-            .into_iter()
-            .flat_map(|s| s.values());
+        let slices = self.slices.get(service).into_iter().flatten();
         for slice in slices {
             let Some(endpoint) = slice
                 .endpoints
@@ -250,7 +246,7 @@ impl Planner {
                 source: Some(service.meta.origin.to_string()),
             });
         }
-        let mut slices: Vec<_> = self.slices.values().flat_map(|s| s.values()).collect();
+        let mut slices: Vec<_> = self.slices.values().flatten().collect();
         slices.sort_unstable_by(|a, b| a.meta.name.cmp(&b.meta.name));
         for slice in slices {
             for endpoint in &slice.endpoints {
