@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use kun_control::{Request, Response};
 use kun_harness::wait_until;
-use rig::{Inside, Node, Service, VIP4, VIP6};
+use rig::{Inside, LB4, LB6, Node, Service, VIP4, VIP6};
 
 /// Everything here takes milliseconds; a busy machine takes its time.
 const SOON: Duration = Duration::from_secs(20);
@@ -58,6 +58,40 @@ fn services_follow_their_endpoints() {
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{vip}: {error}");
     }
     drop(inside);
+}
+
+#[test]
+fn a_virtual_address_is_served_to_the_world_outside() {
+    let Some(node) = Node::start("outside") else {
+        return;
+    };
+    let (one, two) = (node.server("one"), node.server("two"));
+    node.publish(&Service::new(&[&one, &two]));
+    for vip in [LB4, LB6] {
+        let seen = rig::names_over_tcp(&node.fabric, at(vip, 80), 40);
+        assert_eq!(seen, ["one", "two"], "{vip} over TCP");
+        let seen = rig::names_over_udp(&node.fabric, at(vip, 53), 40);
+        assert_eq!(seen, ["one", "two"], "{vip} over UDP");
+    }
+    let flows = [LB4, LB6].map(|vip| rig::flow_to(&node.fabric, at(vip, 53), "one"));
+    node.publish(&Service::new(&[&two]));
+    for flow in &flows {
+        assert_eq!(rig::ask(flow).unwrap(), "two", "a flow to a dead backend");
+    }
+    let Response::Why { steps } = node.ask(&Request::Why {
+        protocol: "tcp".into(),
+        source: Some("203.0.113.9".parse().unwrap()),
+        destination: LB4.parse().unwrap(),
+        port: 80,
+    }) else {
+        panic!("no reasons");
+    };
+    assert!(
+        steps
+            .iter()
+            .any(|s| s.what == "view" && s.detail.contains("on node node-a")),
+        "{steps:?}"
+    );
 }
 
 #[test]

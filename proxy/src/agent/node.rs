@@ -11,11 +11,9 @@ const V6_ROUTES: &str = "/proc/net/ipv6_route";
 const V4_ROUTES: &str = "/proc/net/route";
 
 /// What forwarding needs. `accept_ra` 2: a forwarding host would otherwise lose the default route that a router advertises.
-const SYSCTLS: [(&str, &str); 3] = [
+const SYSCTLS: [(&str, &str); 2] = [
     ("net/ipv4/ip_forward", "1"),
     ("net/ipv6/conf/all/forwarding", "1"),
-    // Pods answer from another interface than the one that a strict filter would expect of a split pod.
-    ("net/ipv4/conf/all/rp_filter", "0"),
 ];
 
 /// A sysctl that could not be set.

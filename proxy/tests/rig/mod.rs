@@ -19,6 +19,10 @@ use serde_json::{Value, json};
 pub(crate) const VIP4: &str = "10.96.0.10";
 pub(crate) const VIP6: &str = "fd00:96::10";
 
+/// Its addresses for clients outside.
+pub(crate) const LB4: &str = "198.51.100.10";
+pub(crate) const LB6: &str = "2001:db8:1b::10";
+
 /// Starting means loading eight programs on a busy machine.
 const STARTS_WITHIN: Duration = Duration::from_secs(60);
 
@@ -89,7 +93,7 @@ impl<'a> Service<'a> {
 pub(crate) struct Node {
     agent: Option<Process>,
     pub(crate) netns: Netns,
-    _fabric: Netns,
+    pub(crate) fabric: Netns,
     pub(crate) cgroup: Cgroup,
     bpffs: BpfFs,
     directory: tempfile::TempDir,
@@ -124,12 +128,15 @@ impl Node {
         }
         netns.exec("route add default via 192.0.2.1")?;
         netns.exec("-6 route add default via 2001:db8::1")?;
+        // What a speaker would have told.
+        fabric.exec(&format!("route add {LB4}/32 via 192.0.2.2"))?;
+        fabric.exec(&format!("-6 route add {LB6}/128 via 2001:db8::2"))?;
         let directory = tempfile::tempdir()?;
         fs::create_dir(directory.path().join("cluster"))?;
         let node = Self {
             agent: None,
             netns,
-            _fabric: fabric,
+            fabric,
             cgroup: Cgroup::new()?,
             bpffs: BpfFs::new()?,
             directory,
@@ -285,10 +292,11 @@ impl Node {
     pub(crate) fn publish(&self, service: &Service<'_>) {
         let mut documents = vec![json!({"apiVersion": "v1", "kind": "Service",
         "metadata": {"name": "web", "namespace": "default"},
-        "spec": {"clusterIPs": [VIP4, VIP6], "ports": [
+        "spec": {"type": "LoadBalancer", "clusterIPs": [VIP4, VIP6], "ports": [
             {"name": "http", "port": 80, "protocol": "TCP"},
             {"name": "dns", "port": 53, "protocol": "UDP"},
-        ]}})];
+        ]},
+        "status": {"loadBalancer": {"ingress": [{"ip": LB4}, {"ip": LB6}]}}})];
         for v6 in [false, true] {
             let endpoints: Vec<Value> = service
                 .endpoints
