@@ -428,7 +428,7 @@ pub(super) fn forward(d: &Directive) -> Result<Forward, Fault> {
                 d.number(o, 0, u64::from(u32::MAX))?;
             }
             "tls" | "tls_servername" | "next" | "max_connect_attempts" | "resolver" => {
-                return Err(d.unsupported(o, "plain DNS over UDP and TCP"));
+                return Err(d.unsupported(o, "remove it"));
             }
             _ => return Err(d.unknown(o)),
         }

@@ -355,7 +355,10 @@ fn errors(d: &Directive) -> Result<Plugin, Fault> {
     match d.options.first() {
         None => Ok(Plugin::Errors),
         Some(option) => Err(match option.name.text.as_str() {
-            "consolidate" | "stacktrace" => d.unsupported(option, "every error is one line"),
+            "consolidate" | "stacktrace" => d.unsupported(
+                option,
+                "remove it: every error is written, on a line of its own",
+            ),
             _ => d.unknown(option),
         }),
     }
