@@ -4,6 +4,8 @@
 //! `cargo xtask ebpf` (compile and commit). It refuses any other compiler than [`RUST`] and [`BPF_LINKER`]: another version
 //! makes other bytes. It downloads nothing; `cargo xtask setup --ebpf` does that.
 
+mod canonical;
+
 use std::collections::BTreeMap;
 use std::env;
 use std::fmt::Write as _;
@@ -206,7 +208,8 @@ impl Toolchain {
         let mut objects = BTreeMap::new();
         for object in OBJECTS {
             let path = target.join(TARGET).join("release").join(object.name);
-            objects.insert(object.name, fs::read(&path).map_err(io_at(&path))?);
+            let bytes = fs::read(&path).map_err(io_at(&path))?;
+            objects.insert(object.name, canonical::canonical(bytes));
         }
         Ok(objects)
     }

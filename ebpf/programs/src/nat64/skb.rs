@@ -191,13 +191,7 @@ fn sum_octets(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
             end.write(0);
             end.add(1).write(0);
             end.add(2).write(0);
-            bpf_csum_diff(
-                core::ptr::null_mut(),
-                0,
-                buffer.cast(),
-                (n + 3) & !3,
-                0,
-            )
+            bpf_csum_diff(core::ptr::null_mut(), 0, buffer.cast(), (n + 3) & !3, 0)
         };
         if sum < 0 {
             return FAILED;
