@@ -327,6 +327,59 @@ pub struct Settings {
     pub mtu: u32,
 }
 
+/// Indices of the steps' programs in `nat64_steps`, in the order of [`NAMES`](step::NAMES).
+pub mod step {
+    /// No step.
+    pub const NONE: u32 = u32::MAX;
+    /// From IPv6: is it ours, and what is it.
+    pub const SIX_PARSE: u32 = 0;
+    /// From IPv6: the external address of a port block.
+    pub const SIX_MAP: u32 = 1;
+    /// From IPv6: that of an exception.
+    pub const SIX_EXCEPTION: u32 = 2;
+    /// From IPv6: the rewrite.
+    pub const SIX_WRITE: u32 = 3;
+    /// From IPv6: an ICMP error's checksum.
+    pub const SIX_VERIFY: u32 = 4;
+    /// From IPv6: an ICMP error's rewrite.
+    pub const SIX_ERROR: u32 = 5;
+    /// From IPv4: likewise.
+    pub const FOUR_PARSE: u32 = 6;
+    /// From IPv4: likewise.
+    pub const FOUR_MAP: u32 = 7;
+    /// From IPv4: likewise.
+    pub const FOUR_EXCEPTION: u32 = 8;
+    /// From IPv4: likewise.
+    pub const FOUR_WRITE: u32 = 9;
+    /// From IPv4: likewise.
+    pub const FOUR_VERIFY: u32 = 10;
+    /// From IPv4: likewise.
+    pub const FOUR_ERROR: u32 = 11;
+    /// The answer to what does not fit.
+    pub const TOO_BIG: u32 = 12;
+    /// The new ICMP checksum.
+    pub const SEAL: u32 = 13;
+    /// How many there are.
+    pub const COUNT: u32 = 14;
+    /// The programs' names.
+    pub const NAMES: [&str; COUNT as usize] = [
+        "nat64_six_parse",
+        "nat64_six_map",
+        "nat64_six_exc",
+        "nat64_six_write",
+        "nat64_six_check",
+        "nat64_six_error",
+        "nat64_four_parse",
+        "nat64_four_map",
+        "nat64_four_exc",
+        "nat64_four_write",
+        "nat64_four_check",
+        "nat64_four_error",
+        "nat64_too_big",
+        "nat64_seal",
+    ];
+}
+
 /// Index into the `nat64_counters` per-CPU array.
 #[repr(u32)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

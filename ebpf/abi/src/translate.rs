@@ -34,19 +34,6 @@ pub enum Verdict {
     Drop(Reason),
 }
 
-impl Verdict {
-    /// As one number, which is what a function of the kernel's programs can return.
-    #[inline(always)]
-    pub const fn code(self) -> u32 {
-        match self {
-            Verdict::Pass => 0,
-            Verdict::ToStack => 1,
-            Verdict::Send => 2,
-            Verdict::Drop(r) => 16 + r as u32,
-        }
-    }
-}
-
 /// An IP packet that can be rewritten. `false` and `None` mean that it does not reach so far, or that memory is short.
 pub trait Packet {
     /// Octets from the network header to the end.
@@ -105,7 +92,7 @@ pub trait Tables {
     fn fragment_put(&mut self, key: &FragmentKey, value: &Fragment);
 }
 
-/// What the steps of a translation tell each other about a packet. The steps are functions of their own, and this lies in a
+/// What the steps of a translation tell each other about a packet. The steps are programs of their own, and this lies in a
 /// map, so that the kernel's verifier goes through each step once and not once for each way through the steps before it.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -160,30 +147,6 @@ pub enum Step {
 }
 
 impl Step {
-    /// As one number, which is what a function of the kernel's programs can return.
-    #[inline(always)]
-    pub const fn code(self) -> u32 {
-        match self {
-            Step::Done(v) => v.code(),
-            Step::Next => Self::NEXT,
-            Step::Exception => Self::EXCEPTION,
-            Step::Error => Self::ERROR,
-            Step::TooBig => Self::TOO_BIG,
-            Step::Seal => Self::SEAL,
-        }
-    }
-
-    /// [`Step::Next`] as a number.
-    pub const NEXT: u32 = 256;
-    /// [`Step::Exception`] as a number.
-    pub const EXCEPTION: u32 = 257;
-    /// [`Step::Error`] as a number.
-    pub const ERROR: u32 = 258;
-    /// [`Step::TooBig`] as a number.
-    pub const TOO_BIG: u32 = 259;
-    /// [`Step::Seal`] as a number.
-    pub const SEAL: u32 = 260;
-
     /// A step's result as one.
     #[inline(always)]
     pub fn of(result: Result<Step, Reason>) -> Step {

@@ -11,7 +11,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
-use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray};
+use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, ProgramArray};
 use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use kun_ebpf_abi::ABI_VERSION;
@@ -20,7 +20,7 @@ use kun_ebpf_abi::nat64::bib::{
 };
 use kun_ebpf_abi::nat64::{
     COUNTERS, Counter, Mapping, MappingError, MappingParams, Ranges, Settings, is_global,
-    is_well_known,
+    is_well_known, step,
 };
 use kun_ebpf_abi::reason::{REASONS, Reason};
 use rustix::time::{ClockId, clock_gettime};
@@ -124,6 +124,14 @@ pub enum Nat64Error {
         map: &'static str,
         /// What aya says.
         source: MapError,
+    },
+    /// Pinning a map.
+    #[error("pinning {map}: {source}")]
+    Pin {
+        /// Its name.
+        map: &'static str,
+        /// What aya says.
+        source: aya::pin::PinError,
     },
     /// Attaching.
     #[error(transparent)]
@@ -301,7 +309,8 @@ impl Nat64Dataplane {
         let mut program = EbpfLoader::new()
             .default_map_pin_directory(&directory)
             .load(OBJECT)?;
-        classifier(&mut program).load()?;
+        load_steps(&mut program)?;
+        classifier(&mut program, PROGRAM).load()?;
         Ok(Self {
             settings,
             warnings,
@@ -356,19 +365,46 @@ impl Nat64Dataplane {
         self.settings.mtu = mtu;
         self.publish()?;
         let pin = self.directory.join(format!("link_{uplink}"));
-        Ok(hook::attach(
-            classifier(&mut self.program),
+        let by = hook::attach(
+            classifier(&mut self.program, PROGRAM),
             uplink,
             TcAttachType::Ingress,
             &pin,
             only,
-        )?)
+        )?;
+        self.pin_steps(uplink)?;
+        Ok(by)
+    }
+
+    /// Pins the steps in the place of an earlier process's, whose program is off the hook by now: without a pin or a process the
+    /// kernel would empty the array.
+    fn pin_steps(&self, uplink: &str) -> Result<(), Nat64Error> {
+        let path = self.directory.join(format!("steps_{uplink}"));
+        let fresh = self.directory.join(format!("steps_{uplink}_new"));
+        let at = |path: &Path| {
+            let path = path.to_owned();
+            move |source| Nat64Error::Directory { path, source }
+        };
+        if fresh.exists() {
+            fs::remove_file(&fresh).map_err(at(&fresh))?;
+        }
+        let steps = self.program.map(STEPS).ok_or_else(|| Nat64Error::Map {
+            map: STEPS,
+            source: MapError::InvalidName {
+                name: STEPS.to_owned(),
+            },
+        })?;
+        steps
+            .pin(&fresh)
+            .map_err(|source| Nat64Error::Pin { map: STEPS, source })?;
+        fs::rename(&fresh, &path).map_err(at(&path))
     }
 
     /// Takes the program off the uplink. The maps stay pinned.
     pub fn detach(&mut self, uplink: &str) {
         let pin = self.directory.join(format!("link_{uplink}"));
         hook::detach(PROGRAM, uplink, TcAttachType::Ingress, &pin);
+        let _ = fs::remove_file(self.directory.join(format!("steps_{uplink}")));
     }
 
     /// Writes the settings into the entry that is not in force, then names it: no packet sees half of them.
@@ -453,7 +489,7 @@ impl Nat64Dataplane {
         frame: &[u8],
     ) -> Result<(Vec<u8>, i32, std::time::Duration), Nat64Error> {
         let mut out = vec![0; frame.len() + 256];
-        let result = classifier(&mut self.program).test_run(TestRunOptions {
+        let result = classifier(&mut self.program, PROGRAM).test_run(TestRunOptions {
             data_in: Some(frame),
             data_out: Some(&mut out),
             ..TestRunOptions::new()
@@ -462,13 +498,16 @@ impl Nat64Dataplane {
         Ok((out, result.return_value as i32, result.duration))
     }
 
-    /// Instructions that the verifier went through, where the kernel tells.
+    /// Instructions that the verifier went through for the program that took it most, where the kernel tells.
     #[doc(hidden)]
     pub fn verified_instructions(&mut self) -> Option<u32> {
-        classifier(&mut self.program)
-            .info()
-            .ok()?
-            .verified_instruction_count()
+        step::NAMES
+            .iter()
+            .filter_map(|name| {
+                let info = classifier(&mut self.program, name).info().ok()?;
+                info.verified_instruction_count()
+            })
+            .max()
     }
 
     /// Adds a BIB entry, for tests.
@@ -521,11 +560,40 @@ fn ignore_absent(r: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
-fn classifier(program: &mut Ebpf) -> &mut SchedClassifier {
+fn classifier<'a>(program: &'a mut Ebpf, name: &str) -> &'a mut SchedClassifier {
     program
-        .program_mut(PROGRAM)
+        .program_mut(name)
         .and_then(|p| p.try_into().ok())
-        .expect("the object is built together with this crate and has the program")
+        .expect("the object is built together with this crate and has its programs")
+}
+
+/// The map of the steps' programs. The kernel keeps its entries while a process holds it or a pin stands.
+const STEPS: &str = "nat64_steps";
+
+/// Loads the steps and puts them into their array.
+fn load_steps(program: &mut Ebpf) -> Result<(), Nat64Error> {
+    let of = |source| Nat64Error::Map { map: STEPS, source };
+    let mut fds = Vec::with_capacity(step::NAMES.len());
+    for name in step::NAMES {
+        let one = classifier(program, name);
+        one.load()?;
+        fds.push(
+            one.fd()?
+                .try_clone()
+                .map_err(|source| Nat64Error::Interface {
+                    interface: name.to_owned(),
+                    source,
+                })?,
+        );
+    }
+    let map = program.map_mut(STEPS).ok_or(MapError::InvalidName {
+        name: STEPS.to_owned(),
+    });
+    let mut steps = ProgramArray::try_from(map.map_err(of)?).map_err(of)?;
+    for (index, fd) in (0..).zip(&fds) {
+        steps.set(index, fd, 0).map_err(of)?;
+    }
+    Ok(())
 }
 
 fn table<T: TryFrom<aya::maps::Map, Error = MapError>>(

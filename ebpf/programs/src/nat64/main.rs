@@ -12,11 +12,12 @@
 mod skb;
 mod tables;
 
-use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use kun_ebpf_abi::nat64::Settings;
+use kun_ebpf_abi::nat64::{Settings, step};
+use kun_ebpf_abi::reason::Reason;
 use kun_ebpf_abi::translate::{Step, Verdict, Work, four, icmp, six};
 
 use crate::skb::Skb;
@@ -30,155 +31,75 @@ const ETH_P_IPV6: u32 = (0x86ddu16).to_be() as u32;
 /// Uplink, ingress: translates what is under Pref64 or to the pool, passes on the rest.
 #[classifier]
 pub fn nat64_uplink(ctx: TcContext) -> i32 {
-    let Some(s) = tables::settings() else {
-        return TC_ACT_UNSPEC;
-    };
-    let skb = ctx.skb.skb;
     // SAFETY: the kernel passes a valid context.
-    let protocol = unsafe { (*skb).protocol };
-    let Some(w) = tables::work() else {
-        return TC_ACT_UNSPEC;
-    };
-    let code = match protocol {
-        ETH_P_IPV6 => from_six(skb, s, w),
-        ETH_P_IP => from_four(skb, s, w),
-        _ => return TC_ACT_UNSPEC,
-    };
-    finish(code, s)
+    match unsafe { (*ctx.skb.skb).protocol } {
+        ETH_P_IPV6 => go(&ctx, step::SIX_PARSE),
+        ETH_P_IP => go(&ctx, step::FOUR_PARSE),
+        _ => TC_ACT_UNSPEC,
+    }
 }
 
+// Each step is a program of its own, called by tail, and what they tell each other lies in a map: the verifier goes through each
+// once and not once for each way through those before it, and each has all of the stack. (Functions would do on new kernels;
+// before 6.4 the verifier gives up tracking precision at a call, and with it nearly all pruning.)
+
+/// Calls a step; comes back only when it is not there.
 #[inline(always)]
-fn from_six(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
-    let mut code = six_parse(skb, s, w);
-    if code == Step::ERROR {
-        code = verify(skb, w);
-        if code == Step::NEXT {
-            code = six_error(skb, s, w);
-        }
-        if code == Step::SEAL {
-            code = seal(skb, w);
-        }
-        return code;
-    }
-    if code == Step::NEXT {
-        code = six_map(s, w);
-    }
-    if code == Step::EXCEPTION {
-        code = six_exception(s, w);
-    }
-    if code == Step::NEXT {
-        code = six_write(skb, s, w);
-    }
-    code
+fn go(ctx: &TcContext, index: u32) -> i32 {
+    // SAFETY: the array holds programs of this object alone.
+    unsafe { tables::STEPS.tail_call(ctx, index) };
+    tables::count_reason(Reason::Malformed as u32);
+    TC_ACT_SHOT
 }
 
+/// After a step: the one that its answer names among these, or the end.
 #[inline(always)]
-fn from_four(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
-    let mut code = four_parse(skb, s, w);
-    if code == Step::ERROR {
-        code = verify(skb, w);
-        if code == Step::NEXT {
-            code = four_error(skb, s, w);
-        }
-    }
-    if code == Step::NEXT {
-        code = four_map(s, w);
-    }
-    if code == Step::EXCEPTION {
-        code = four_exception(w);
-    }
-    if code == Step::NEXT {
-        code = four_write(skb, s, w);
-    }
-    if code == Step::TOO_BIG {
-        code = four_too_big(skb, s, w);
-    }
-    if code == Step::SEAL {
-        code = seal(skb, w);
-    }
-    code
-}
-
-#[inline(always)]
-fn finish(code: u32, s: &Settings) -> i32 {
-    const PASS: u32 = Verdict::Pass.code();
-    const TO_STACK: u32 = Verdict::ToStack.code();
-    const SEND: u32 = Verdict::Send.code();
-    match code {
-        PASS | TO_STACK => TC_ACT_UNSPEC,
+fn after(ctx: &TcContext, s: &Settings, done: Step, next: u32, exception: u32, error: u32) -> i32 {
+    match done {
+        Step::Next => go(ctx, next),
+        Step::Exception => go(ctx, exception),
+        Step::Error => go(ctx, error),
+        Step::TooBig => go(ctx, step::TOO_BIG),
+        Step::Seal => go(ctx, step::SEAL),
+        Step::Done(Verdict::Pass | Verdict::ToStack) => TC_ACT_UNSPEC,
         // SAFETY: no parameters are passed, the kernel looks the next hop up.
-        SEND => unsafe { bpf_redirect_neigh(s.uplink, core::ptr::null_mut(), 0, 0) as i32 },
-        _ => {
-            tables::count_reason(code.wrapping_sub(16));
+        Step::Done(Verdict::Send) => unsafe {
+            bpf_redirect_neigh(s.uplink, core::ptr::null_mut(), 0, 0) as i32
+        },
+        Step::Done(Verdict::Drop(reason)) => {
+            tables::count_reason(reason as u32);
             TC_ACT_SHOT
         }
     }
 }
 
-// One function each, with what they tell each other in a map: the verifier goes through each once, and the kernel gives a chain
-// of calls 512 octets of stack, which siblings share.
-
-#[inline(never)]
-fn six_parse(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
-    Step::of(six::parse(&mut Skb(skb), &mut Maps, s, w)).code()
+/// Defines the program of a step: what it runs, and the steps after it (next, exception, error).
+macro_rules! step {
+    ($name:ident, |$p:ident, $s:ident, $w:ident| $run:expr, $next:expr, $exception:expr, $error:expr) => {
+        #[doc = "A step."]
+        #[classifier]
+        pub fn $name(ctx: TcContext) -> i32 {
+            let (Some($s), Some($w)) = (tables::settings(), tables::work()) else {
+                return TC_ACT_UNSPEC;
+            };
+            let $p = &mut Skb(ctx.skb.skb);
+            let done = Step::of($run);
+            after(&ctx, $s, done, $next, $exception, $error)
+        }
+    };
 }
 
-#[inline(never)]
-fn six_map(s: &Settings, w: &mut Work) -> u32 {
-    Step::of(six::map(s, w)).code()
-}
-
-#[inline(never)]
-fn six_exception(s: &Settings, w: &mut Work) -> u32 {
-    Step::of(six::map_exception(&mut Maps, s, w)).code()
-}
-
-#[inline(never)]
-fn six_write(skb: *mut __sk_buff, s: &Settings, w: &Work) -> u32 {
-    Step::of(six::write(&mut Skb(skb), &mut Maps, s, w)).code()
-}
-
-#[inline(never)]
-fn six_error(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
-    Step::of(icmp::to_four(&mut Skb(skb), &mut Maps, s, w)).code()
-}
-
-#[inline(never)]
-fn verify(skb: *mut __sk_buff, w: &Work) -> u32 {
-    Step::of(icmp::verify(&Skb(skb), w)).code()
-}
-
-#[inline(never)]
-fn seal(skb: *mut __sk_buff, w: &Work) -> u32 {
-    Step::of(icmp::seal(&mut Skb(skb), w)).code()
-}
-
-#[inline(never)]
-fn four_parse(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
-    Step::of(four::parse(&mut Skb(skb), &mut Maps, s, w)).code()
-}
-
-#[inline(never)]
-fn four_map(s: &Settings, w: &mut Work) -> u32 {
-    Step::of(four::map(s, w)).code()
-}
-
-#[inline(never)]
-fn four_exception(w: &mut Work) -> u32 {
-    Step::of(four::map_exception(&mut Maps, w)).code()
-}
-
-#[inline(never)]
-fn four_write(skb: *mut __sk_buff, s: &Settings, w: &Work) -> u32 {
-    Step::of(four::write(&mut Skb(skb), &mut Maps, s, w)).code()
-}
-
-#[inline(never)]
-fn four_error(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
-    Step::of(icmp::to_six(&mut Skb(skb), &mut Maps, s, w)).code()
-}
-
-#[inline(never)]
-fn four_too_big(skb: *mut __sk_buff, s: &Settings, w: &mut Work) -> u32 {
-    Step::of(icmp::too_big(&mut Skb(skb), &mut Maps, s, w)).code()
-}
+step!(nat64_six_parse, |p, s, w| six::parse(p, &mut Maps, s, w), step::SIX_MAP, step::NONE, step::SIX_VERIFY);
+step!(nat64_six_map, |_p, s, w| six::map(s, w), step::SIX_WRITE, step::SIX_EXCEPTION, step::NONE);
+step!(nat64_six_exc, |_p, s, w| six::map_exception(&mut Maps, s, w), step::SIX_WRITE, step::NONE, step::NONE);
+step!(nat64_six_write, |p, s, w| six::write(p, &mut Maps, s, w), step::NONE, step::NONE, step::NONE);
+step!(nat64_six_check, |p, _s, w| icmp::verify(p, w), step::SIX_ERROR, step::NONE, step::NONE);
+step!(nat64_six_error, |p, s, w| icmp::to_four(p, &mut Maps, s, w), step::NONE, step::NONE, step::NONE);
+step!(nat64_four_parse, |p, s, w| four::parse(p, &mut Maps, s, w), step::FOUR_MAP, step::NONE, step::FOUR_VERIFY);
+step!(nat64_four_map, |_p, s, w| four::map(s, w), step::FOUR_WRITE, step::FOUR_EXCEPTION, step::NONE);
+step!(nat64_four_exc, |_p, _s, w| four::map_exception(&mut Maps, w), step::FOUR_WRITE, step::NONE, step::NONE);
+step!(nat64_four_write, |p, s, w| four::write(p, &mut Maps, s, w), step::NONE, step::NONE, step::NONE);
+step!(nat64_four_check, |p, _s, w| icmp::verify(p, w), step::FOUR_ERROR, step::NONE, step::NONE);
+step!(nat64_four_error, |p, s, w| icmp::to_six(p, &mut Maps, s, w), step::NONE, step::NONE, step::NONE);
+step!(nat64_too_big, |p, s, w| icmp::too_big(p, &mut Maps, s, w), step::NONE, step::NONE, step::NONE);
+step!(nat64_seal, |p, _s, w| icmp::seal(p, w), step::NONE, step::NONE, step::NONE);

@@ -158,7 +158,7 @@ impl Packet for Skb {
 
 /// The sum, or a number beyond 32 bits. Through a scratch buffer in a map and the kernel's own loop: one written here costs
 /// the verifier every iteration in every place that calls it.
-#[inline(never)]
+#[inline(always)]
 fn sum_octets(skb: *mut __sk_buff, at: u32, len: u32) -> u64 {
     const FAILED: u64 = u64::MAX;
     if len > MAX_SUM {

@@ -3,11 +3,11 @@
 use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST};
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_boot_ns};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray};
 use kun_ebpf_abi::nat64::bib::{
     Bib4, Bib6, Fragment, FragmentKey, MAX_BIB, MAX_FRAGMENTS, MAX_SESSIONS, Session, SessionKey,
 };
-use kun_ebpf_abi::nat64::{COUNTERS, Counter, Settings};
+use kun_ebpf_abi::nat64::{COUNTERS, Counter, Settings, step};
 use kun_ebpf_abi::reason::REASONS;
 use kun_ebpf_abi::translate::{Tables, Work};
 
@@ -41,6 +41,11 @@ static SCRATCH: PerCpuArray<[u32; STEP as usize / 4 + 1]> = PerCpuArray::with_ma
 pub(crate) fn scratch() -> Option<*mut [u32; STEP as usize / 4 + 1]> {
     SCRATCH.get_ptr_mut(0)
 }
+
+/// The steps' programs, by their numbers. Not pinned by name: each process has its own, so that a new process's steps are never
+/// mixed with an old one's.
+#[map(name = "nat64_steps")]
+pub(crate) static STEPS: ProgramArray = ProgramArray::with_max_entries(step::COUNT, 0);
 
 /// What the steps tell each other about a packet.
 #[map(name = "nat64_work")]
