@@ -705,3 +705,6 @@ impl<'a> Talk<'a> {
 fn after(wait: Duration) -> Instant {
     Instant::now() + wait
 }
+
+#[cfg(test)]
+mod tests;
