@@ -77,20 +77,8 @@ fn measure(services: u32, name: &str) -> anyhow::Result<Vec<Row>> {
         "{totals:?}"
     );
 
-    let (mut published, mut whole) = (Duration::MAX, Duration::MAX);
-    for event in changes.iter().flatten() {
-        let begin = Instant::now();
-        planner.on_event(event);
-        while let Some(ops) = planner.step() {
-            for op in ops {
-                backend.apply(&op)?;
-                if matches!(op, Op::Publish { .. }) {
-                    published = published.min(begin.elapsed());
-                }
-            }
-        }
-        whole = whole.min(begin.elapsed());
-    }
+    let published = one_by_one(&mut planner, &mut backend, &changes, false)?;
+    let whole = one_by_one(&mut planner, &mut backend, &changes, true)?;
 
     drop(backend);
     let begin = Instant::now();
@@ -131,6 +119,33 @@ fn measure(services: u32, name: &str) -> anyhow::Result<Vec<Row>> {
         row("adoption, nothing to do", adoption.as_secs_f64(), "s"),
         budget(row("planner's memory", weight as f64 / 1e6, "MB"), 64.0),
     ])
+}
+
+/// The best time of one endpoint's change: to its publication, back to back as nobody reads the maps here, or with the grace
+/// period that follows.
+fn one_by_one(
+    planner: &mut Planner,
+    backend: &mut EbpfBackend,
+    changes: &[[Event; 2]],
+    grace: bool,
+) -> anyhow::Result<Duration> {
+    let mut best = Duration::MAX;
+    for event in changes.iter().flatten() {
+        let begin = Instant::now();
+        planner.on_event(event);
+        while let Some(ops) = planner.step() {
+            for op in ops.iter().filter(|op| grace || **op != Op::Grace) {
+                backend.apply(op)?;
+                if !grace && matches!(op, Op::Publish { .. }) {
+                    best = best.min(begin.elapsed());
+                }
+            }
+        }
+        if grace {
+            best = best.min(begin.elapsed());
+        }
+    }
+    Ok(best)
 }
 
 fn micros(d: Duration) -> f64 {
