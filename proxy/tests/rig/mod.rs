@@ -32,7 +32,7 @@ const SEEN_WITHIN: Duration = Duration::from_secs(20);
 /// An answer that does not come is a lost packet.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
-/// The process is in one cgroup at a time: tests that enter one take turns.
+/// Tests take turns: the process is in one cgroup at a time, and what another test starts meanwhile is born into it, and dies with it.
 static TURN: Mutex<()> = Mutex::new(());
 
 /// Runs its function when dropped.
@@ -47,18 +47,16 @@ impl<F: FnMut()> Drop for OnDrop<F> {
 /// The test's process inside the node's cgroup, where connect() is served.
 pub(crate) struct Inside {
     home: PathBuf,
-    _turn: MutexGuard<'static, ()>,
 }
 
 impl Inside {
     pub(crate) fn enter(node: &Node) -> Self {
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let own = fs::read_to_string("/proc/self/cgroup").unwrap();
         let path = own.lines().find_map(|l| l.strip_prefix("0::")).unwrap();
         let root = kun_harness::cgroup2_mount().unwrap();
         let home = root.join(path.trim_start_matches('/'));
         node.cgroup.add(std::process::id()).unwrap();
-        Self { home, _turn: turn }
+        Self { home }
     }
 }
 
@@ -97,6 +95,7 @@ pub(crate) struct Node {
     pub(crate) cgroup: Cgroup,
     bpffs: BpfFs,
     directory: tempfile::TempDir,
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Node {
@@ -115,6 +114,7 @@ impl Node {
     }
 
     fn build(what: &str) -> anyhow::Result<Self> {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let netns = Netns::new(&format!("{what}-n"))?;
         let fabric = Netns::new(&format!("{what}-f"))?;
         veth(&netns, "eth0", &fabric, "node")?;
@@ -140,6 +140,7 @@ impl Node {
             cgroup: Cgroup::new()?,
             bpffs: BpfFs::new()?,
             directory,
+            _turn: turn,
         };
         node.manifest(
             "node.yaml",

@@ -57,7 +57,8 @@ impl Cgroup {
         &self.path
     }
 
-    /// Moves a process into it.
+    /// Moves a process into it. Not the test's own, unless every test of the binary takes turns: what another thread starts
+    /// meanwhile is born inside, and dies with the cgroup.
     pub fn add(&self, pid: u32) -> Result<()> {
         let file = self.path.join("cgroup.procs");
         fs::write(&file, pid.to_string())
