@@ -369,9 +369,13 @@ pub enum Delta {
 pub enum Event {
     /// Changes that belong together, in order: apply all, then act once.
     Deltas(Vec<Delta>),
-    /// The first snapshot is complete. Trouble told before this is about the snapshot: something may be missing from it, and
-    /// state that was adopted from an earlier life may belong to that.
+    /// Told before [`Event::Synced`]: some file has not been read right since the source began, so objects may be missing
+    /// from the snapshot that nobody removed. State adopted from an earlier life may belong to them.
+    Partial,
+    /// The first snapshot is complete, as far as the files can be read.
     Synced,
+    /// After [`Event::Partial`], once: every file is known by now.
+    Whole,
     /// The source has trouble, told once; what was told before stays good.
     Trouble(String),
 }

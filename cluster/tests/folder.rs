@@ -208,6 +208,36 @@ fn a_bad_file_keeps_its_last_good_objects_and_harms_no_other() {
 }
 
 #[test]
+fn a_snapshot_with_a_file_that_was_never_right_is_partial_until_it_is_right_or_gone() {
+    for mend in [true, false] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (a, b) = (dir.path().join("a.yaml"), dir.path().join("b.yaml"));
+        fs::write(&a, "kind: [").expect("writable");
+        fs::write(&b, service("b", 2)).expect("writable");
+        let mut source = FolderSource::open(dir.path()).expect("a folder");
+        assert!(matches!(source.next_event(), Event::Trouble(_)));
+        assert!(matches!(source.next_event(), Event::Deltas(_)));
+        assert_eq!(source.next_event(), Event::Partial);
+        assert_eq!(source.next_event(), Event::Synced);
+        // Another file's change does not make it whole.
+        write_atomically(&b, &service("b", 3));
+        assert!(matches!(source.next_event(), Event::Deltas(_)));
+        if mend {
+            write_atomically(&a, &service("a", 1));
+            assert!(matches!(source.next_event(), Event::Deltas(_)));
+        } else {
+            fs::remove_file(&a).expect("it is there");
+        }
+        assert_eq!(source.next_event(), Event::Whole);
+        // From now on there are last good objects.
+        write_atomically(&b, "kind: [");
+        assert!(matches!(source.next_event(), Event::Trouble(_)));
+        write_atomically(&b, &service("b", 4));
+        assert!(matches!(source.next_event(), Event::Deltas(_)));
+    }
+}
+
+#[test]
 fn the_first_file_wins_and_the_other_takes_over_when_it_goes() {
     let dir = tempfile::tempdir().expect("a directory");
     let (a, b) = (dir.path().join("a.yaml"), dir.path().join("b.yaml"));

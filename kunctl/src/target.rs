@@ -165,6 +165,7 @@ fn snapshot(folder: &Path) -> Result<Store, FolderError> {
                 .for_each(|delta| drop(store.apply(delta))),
             Event::Synced => return Ok(store),
             Event::Trouble(trouble) => eprintln!("kunctl: {trouble}"),
+            Event::Partial | Event::Whole => {}
         }
     }
 }

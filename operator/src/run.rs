@@ -122,7 +122,7 @@ impl Operator {
                     self.store.apply(delta.clone());
                 }
             }
-            Event::Synced => {}
+            Event::Synced | Event::Partial | Event::Whole => {}
             Event::Trouble(trouble) => {
                 self.counted.troubles.inc();
                 tracing::warn!("{trouble}");

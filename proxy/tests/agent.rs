@@ -187,6 +187,47 @@ fn what_went_while_no_agent_ran_is_forgotten_by_the_next() {
 }
 
 #[test]
+fn a_manifest_that_is_broken_at_start_takes_nothing_with_it() {
+    let Some(mut node) = Node::start("broken") else {
+        return;
+    };
+    let client = node.pod("client");
+    let one = node.server("one");
+    node.publish(&Service::new(&[&one]));
+    let inside = Inside::enter(&node);
+    let flow = rig::flow_to(&client.netns, at(VIP4, 53), "one");
+    node.kill();
+    node.spoil();
+    node.spawn();
+    let held = |node: &Node| {
+        let Response::Status { status } = node.ask(&Request::Status) else {
+            panic!("no status");
+        };
+        let held = status.proxy.into_iter().find(|f| f.name == "held")?;
+        Some((held.value, held.ok))
+    };
+    let said = "8 frontends, 4 backends in no readable manifest, until all can be read";
+    assert_eq!(held(&node), Some((said.to_owned(), false)));
+    for vip in [VIP4, VIP6] {
+        assert_eq!(rig::names_over_tcp(&client.netns, at(vip, 80), 5), ["one"]);
+    }
+    assert_eq!(rig::ask(&flow).unwrap(), "one");
+    // A removed file is no longer a broken one: what it held goes.
+    node.withdraw();
+    assert!(
+        wait_until(SOON, || {
+            let Response::Why { steps } = node.why("tcp", VIP6, 80) else {
+                return false;
+            };
+            steps.iter().all(|s| s.what == "route")
+        }),
+        "the service is still there"
+    );
+    assert_eq!(held(&node), None);
+    drop(inside);
+}
+
+#[test]
 fn why_names_the_objects_that_decided() {
     let Some(node) = Node::start("why") else {
         return;

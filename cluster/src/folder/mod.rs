@@ -5,6 +5,8 @@
 //!
 //! * One event of deltas a scan, and a scan sees a swap of a folder or of a link as one change.
 //! * A file that cannot be read or is wrong keeps the objects that it last had when it was right, and says so once.
+//! * A file that has not been right since the source began has no last good objects: [`Event::Partial`] says so before
+//!   [`Event::Synced`], and [`Event::Whole`] when that is over.
 //! * The same object in two files: the first file in path order wins, and it is said.
 //! * Inotify drives scans; hashes of contents decide what changed; a slow re-scan catches what inotify cannot see (network file
 //!   systems). A file that somebody is just writing is read once it is closed. There is no debounce timer.
@@ -85,6 +87,8 @@ pub struct FolderSource {
     watch: Watch,
     queue: VecDeque<Event>,
     synced: bool,
+    /// [`Event::Partial`] was told, [`Event::Whole`] not yet.
+    partial: bool,
     troubles: Troubles,
 }
 
@@ -124,6 +128,7 @@ impl FolderSource {
             watch: Watch::new(path),
             queue: VecDeque::new(),
             synced: false,
+            partial: false,
             troubles: Troubles::default(),
         })
     }
@@ -162,9 +167,15 @@ impl FolderSource {
             return None;
         }
         self.scan(&wake);
+        let known = self.scanner.knows_all();
         if !self.synced {
             self.synced = true;
+            self.partial = !known;
+            self.queue.extend(self.partial.then_some(Event::Partial));
             self.queue.push_back(Event::Synced);
+        } else if self.partial && known {
+            self.partial = false;
+            self.queue.push_back(Event::Whole);
         }
         self.queue.pop_front()
     }

@@ -29,6 +29,8 @@ pub(super) struct Scanner {
     merged: Merged,
     /// Troubles of the walk itself: an unreadable folder.
     walk_troubles: Vec<String>,
+    /// Folders were not readable in the last walk: what lies in them may never have been read.
+    unread: bool,
     duplicates: Vec<String>,
     told: BTreeSet<String>,
     names: Interner,
@@ -41,6 +43,8 @@ struct File {
     hash: Option<u64>,
     /// As it was when it was last right.
     good: Manifest,
+    /// It was right once.
+    known: bool,
     troubles: Vec<String>,
 }
 
@@ -75,6 +79,7 @@ impl Scanner {
             files: BTreeMap::new(),
             merged: Merged::default(),
             walk_troubles: Vec::new(),
+            unread: false,
             duplicates: Vec::new(),
             told: BTreeSet::new(),
             names: Interner::default(),
@@ -95,6 +100,7 @@ impl Scanner {
                 "{}: cannot be read ({error}); what was read before stays in force",
                 self.root.display()
             )];
+            self.unread = true;
             return false;
         }
         let gone: Vec<PathBuf> = (self.files.keys())
@@ -117,8 +123,14 @@ impl Scanner {
             changed |= file.read(path, *stat, &mut self.names);
         }
         self.folders = walk.folders;
+        self.unread = !walk.unreadable.is_empty();
         self.walk_troubles = walk.troubles;
         changed
+    }
+
+    /// Whether every file was right at least once. Too deep a folder is none of ours and was none of an earlier life's.
+    pub(super) fn knows_all(&self) -> bool {
+        !self.unread && self.files.values().all(|file| file.known)
     }
 
     /// Puts the files together; what is different from last time.
@@ -178,6 +190,7 @@ impl File {
             Ok(manifest) => {
                 self.troubles.clear();
                 self.good = manifest;
+                self.known = true;
                 true
             }
             Err(faults) => {

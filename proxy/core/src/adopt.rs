@@ -50,6 +50,7 @@ impl Planner {
                 members: Members::NONE,
                 local: record.local != 0,
                 state: record.state,
+                unexplained: false,
                 id: *id,
                 generation: record.generation,
             });
@@ -86,6 +87,37 @@ impl Planner {
         let fresh = Planner::adopt(self.here.clone(), self.limits, observed);
         let old = std::mem::replace(self, fresh);
         self.take_cluster(old);
+    }
+
+    /// The view is partial: what was adopted is not taken away for being in no manifest that can be read. To be called while
+    /// everything adopted is still an orphan.
+    pub(crate) fn hold_adopted(&mut self) {
+        self.partial = true;
+        for id in &self.orphans {
+            let Some(port) = &mut self.ports[*id as usize] else {
+                continue;
+            };
+            self.unexplained
+                .extend(port.frontends.iter().map(|f| f.key));
+            for held in &mut port.backends {
+                held.unexplained = true;
+            }
+        }
+    }
+
+    /// The view is whole: what it does not explain goes with the next plan.
+    pub(crate) fn let_go(&mut self) {
+        self.partial = false;
+        let frontends = std::mem::take(&mut self.unexplained);
+        for port in self.ports.iter_mut().flatten() {
+            let mut held = port.frontends.iter().any(|f| frontends.contains(&f.key));
+            for backend in &mut port.backends {
+                held |= std::mem::take(&mut backend.unexplained);
+            }
+            if let Some(key) = port.key.as_ref().filter(|_| held) {
+                self.dirty.insert(key.service.clone());
+            }
+        }
     }
 
     fn adopt_view(

@@ -1,9 +1,10 @@
 //! The incremental planner: collects deltas, and turns one changed Service after the other into ordered ops.
 //!
-//! Nothing is planned before `Synced`. Numbers taken out of use (service ids, backend ids, extents) wait for a grace period before
+//! Nothing is planned before `Synced`. While the view is partial (`Partial` until `Whole`), what was adopted and is in no readable
+//! manifest stays: frontends, services, backends; what a manifest says is done all the same. Numbers taken out of use (service ids, backend ids, extents) wait for a grace period before
 //! they are handed out again. Two Services that claim one frontend: the first by namespace and name has it, whatever came first.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -82,6 +83,10 @@ pub struct Totals {
     pub problems: usize,
     /// Services that wait to be planned.
     pub waiting: usize,
+    /// Adopted frontends that are kept only because the view of the cluster is partial.
+    pub held_frontends: usize,
+    /// The same of backends.
+    pub held_backends: usize,
 }
 
 /// Out of use, but a program may still be reading it.
@@ -112,6 +117,9 @@ pub struct Planner {
     slice: HashMap<ObjectName, Arc<EndpointSlice>, FixedState>,
     pub(crate) dirty: BTreeSet<ObjectName>,
     synced: bool,
+    pub(crate) partial: bool,
+    /// Adopted frontends that no Service has claimed yet; empty unless the view is partial.
+    pub(crate) unexplained: HashSet<ServiceKey, FixedState>,
     pub(crate) ports: Vec<Option<HeldPort>>,
     pub(crate) ids_of: HashMap<ObjectName, Vec<u32>, FixedState>,
     pub(crate) holders: HashMap<ServiceKey, u32, FixedState>,
@@ -140,6 +148,8 @@ impl Planner {
             slice: HashMap::default(),
             dirty: BTreeSet::new(),
             synced: false,
+            partial: false,
+            unexplained: HashSet::default(),
             ports: Vec::new(),
             ids_of: HashMap::default(),
             holders: HashMap::default(),
@@ -159,7 +169,9 @@ impl Planner {
     pub fn on_event(&mut self, event: &Event) {
         match event {
             Event::Deltas(deltas) => deltas.iter().for_each(|d| self.on_delta(d)),
+            Event::Partial => self.hold_adopted(),
             Event::Synced => self.synced = true,
+            Event::Whole => self.let_go(),
             // What was told before stays good.
             Event::Trouble(_) => {}
         }
@@ -229,7 +241,9 @@ impl Planner {
                 return Some(ops);
             }
         }
-        if let Some(id) = self.orphans.pop_first() {
+        if !self.partial
+            && let Some(id) = self.orphans.pop_first()
+        {
             let mut steps = Steps::default();
             self.remove_port(id, &mut steps);
             return Some(steps.ordered());
@@ -275,7 +289,22 @@ impl Planner {
             slots: self.extents.used(),
             problems: self.problems.len(),
             waiting: self.dirty.len(),
+            held_frontends: self.unexplained.len(),
+            held_backends: self.held_backends(),
         }
+    }
+
+    fn held_backends(&self) -> usize {
+        if !self.partial {
+            return 0;
+        }
+        let backends = self.ports.iter().flatten().flat_map(|p| &p.backends);
+        backends.filter(|b| b.unexplained).count()
+    }
+
+    /// Whether manifests are missing from the view that an earlier life may have known.
+    pub fn partial(&self) -> bool {
+        self.partial
     }
 
     /// LoadBalancer addresses that are ours to announce, and whether this node has an endpoint for new flows to each. Those of
@@ -283,14 +312,13 @@ impl Planner {
     pub fn vips(&self) -> BTreeMap<IpAddr, bool> {
         let mut vips = BTreeMap::new();
         for port in self.ports.iter().flatten() {
-            let Some(service) = port
-                .key
-                .as_ref()
-                .and_then(|k| self.services.get(&k.service))
-            else {
-                continue;
+            let service = port.key.as_ref().map(|k| self.services.get(&k.service));
+            let class = match service {
+                Some(Some(service)) => service.load_balancer_class.as_deref(),
+                // Adopted and held: whoever announced it goes on.
+                None if self.partial => None,
+                Some(None) | None => continue,
             };
-            let class = service.load_balancer_class.as_deref();
             if class.is_some_and(|c| !c.starts_with(OUR_CLASSES)) {
                 continue;
             }
@@ -388,6 +416,11 @@ impl Planner {
                 self.dirty.insert(key.service.clone());
                 true
             }
+            // Kept for nobody that is known.
+            std::cmp::Ordering::Less if self.unexplained.contains(&frontend.key) => {
+                self.dirty.insert(key.service.clone());
+                true
+            }
             std::cmp::Ordering::Less => {
                 let problem = Problem::Taken {
                     address: ip(frontend.key.addr),
@@ -449,6 +482,9 @@ impl Planner {
         self.slices = from.slices;
         self.slice = from.slice;
         self.synced = from.synced;
+        if from.partial {
+            self.hold_adopted();
+        }
     }
 
     /// The service id that a frontend leads to, with its key; `None` while nobody has it.

@@ -16,6 +16,8 @@ pub(crate) struct Held {
     pub(crate) local: bool,
     /// As the record says it.
     pub(crate) state: u8,
+    /// Adopted, kept while the view of the cluster is partial, and named by no slice so far.
+    pub(crate) unexplained: bool,
     pub(crate) id: u32,
     pub(crate) generation: u32,
 }

@@ -40,7 +40,10 @@ impl Planner {
             .expect("an id in use has a port");
         let name = want.key.service.clone();
         let dead = self.merge_backends(id, &mut port, &want, steps);
-        let external = want.frontends.iter().any(|f| f.scope == Scope::External);
+        let stays = |f: &&Frontend| self.unexplained.contains(&f.key);
+        let external = (want.frontends.iter())
+            .chain(port.frontends.iter().filter(stays))
+            .any(|f| f.scope == Scope::External);
         let mut cut = false;
         for (index, kind) in PLANNED_VIEWS.into_iter().enumerate() {
             cut |= !self.publish(id, index, kind, external, &mut port, steps);
@@ -70,7 +73,7 @@ impl Planner {
         for target in &want.targets {
             let key = (target.addr, target.port);
             while let Some(gone) = held.next_if(|h| h.key() < key) {
-                dead.push(gone);
+                part(gone, &mut merged, &mut dead);
             }
             if let Some(mut same) = held.next_if(|h| h.key() == key) {
                 let before = same.record(id);
@@ -81,6 +84,7 @@ impl Planner {
                     same.members = target.members;
                 }
                 same.local = target.local;
+                same.unexplained = false;
                 same.state = target.state();
                 let record = same.record(id);
                 if record != before {
@@ -118,6 +122,7 @@ impl Planner {
                 members: target.members,
                 local: target.local,
                 state: target.state(),
+                unexplained: false,
                 id: backend,
                 generation: self.generations[index],
             };
@@ -130,7 +135,7 @@ impl Planner {
             });
             merged.push(fresh);
         }
-        dead.extend(held);
+        held.for_each(|gone| part(gone, &mut merged, &mut dead));
         for gone in &dead {
             for (view, kind) in port.views.iter_mut().zip(PLANNED_VIEWS) {
                 view.stale |= gone.members.has(kind);
@@ -224,11 +229,17 @@ impl Planner {
                 });
                 self.holders.insert(frontend.key, id);
             }
+            self.unexplained.remove(&frontend.key);
             kept.push(*frontend);
         }
         let gone = std::mem::replace(&mut port.frontends, kept);
         for frontend in gone {
-            if !want.frontends.iter().any(|w| w.key == frontend.key) {
+            if want.frontends.iter().any(|w| w.key == frontend.key) {
+                continue;
+            }
+            if self.unexplained.contains(&frontend.key) {
+                port.frontends.push(frontend);
+            } else {
                 self.release(id, &frontend, steps);
             }
         }
@@ -244,6 +255,7 @@ impl Planner {
             return;
         }
         self.holders.remove(&frontend.key);
+        self.unexplained.remove(&frontend.key);
         steps
             .remove_frontends
             .push(Op::RemoveFrontend { key: frontend.key });
@@ -290,6 +302,15 @@ impl Planner {
             record,
         });
         self.retired.backends.push(held.id);
+    }
+}
+
+/// Where a backend goes that is not wanted: with at most [`crate::MAX_TARGETS`] of either, both kinds fit one table.
+fn part(gone: Held, kept: &mut Vec<Held>, dead: &mut Vec<Held>) {
+    if gone.unexplained {
+        kept.push(gone);
+    } else {
+        dead.push(gone);
     }
 }
 

@@ -71,7 +71,12 @@ impl Planner {
             return vec![Reason {
                 what: "service",
                 object: format!("service id {id}"),
-                detail: "adopted from an earlier agent; the cluster is not synced yet".into(),
+                detail: if self.partial {
+                    "adopted from an earlier agent, in no manifest that can be read; kept until all can"
+                } else {
+                    "adopted from an earlier agent; the cluster is not synced yet"
+                }
+                .into(),
                 source: None,
             }];
         };

@@ -521,3 +521,74 @@ proptest! {
         run(&history, Some(crash_at))?;
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    /// A planner that starts over full maps while some manifests cannot be read: what is in none of the others stays, and goes
+    /// or is found again when all can be read.
+    #[test]
+    fn what_an_unreadable_manifest_may_hold_is_kept(
+        history in prop::collection::vec(change(), 1..16),
+        missing in prop::collection::vec(any::<bool>(), 24),
+        gone in any::<bool>(),
+        failed in any::<bool>(),
+    ) {
+        let mut cluster = Cluster::default();
+        history.iter().map(delta).for_each(|d| cluster.apply(&d));
+        prop_assume!(uncontested(&cluster, &cluster));
+        let mut model = Model::default();
+        let mut first = Planner::new(here(), LIMITS);
+        first.on_event(&cluster.event());
+        first.on_event(&Event::Synced);
+        follow(&mut first, &mut model)?;
+        let before = offered(&model);
+
+        let mut missing = missing.into_iter();
+        let mut readable = cluster.clone();
+        readable.services.retain(|_, _| !missing.next().unwrap_or(false));
+        readable.slices.retain(|_, _| !missing.next().unwrap_or(false));
+        let told: BTreeSet<IpAddr> = (readable.slices.values())
+            .flat_map(|s| s.endpoints.iter().map(|e| e.address))
+            .collect();
+        let mut next = Planner::adopt(here(), LIMITS, &model.observe().expect("infallible"));
+        next.on_event(&readable.event());
+        next.on_event(&Event::Partial);
+        next.on_event(&Event::Synced);
+        follow(&mut next, &mut model)?;
+        if failed {
+            next.adopt_again(&model.observe().expect("infallible"));
+            follow(&mut next, &mut model)?;
+        }
+        let held = offered(&model);
+        for (key, backends) in &before {
+            let now = held.get(key);
+            prop_assert!(now.is_some(), "{key:?} was taken away");
+            let kept = backends.iter().filter(|(address, _)| !told.contains(address));
+            for backend in kept {
+                prop_assert!(now.is_some_and(|n| n.contains(backend)), "{key:?} lost {backend:?}");
+            }
+        }
+
+        // Either the files were read at last, or they were removed.
+        let end = if gone { &readable } else { &cluster };
+        next.on_event(&end.event());
+        next.on_event(&Event::Whole);
+        follow(&mut next, &mut model)?;
+        prop_assert_eq!(&offered(&model), &end.answers());
+        let totals = next.totals();
+        prop_assert_eq!((totals.held_frontends, totals.held_backends), (0, 0));
+    }
+}
+
+fn follow(planner: &mut Planner, model: &mut Model) -> Result<(), TestCaseError> {
+    while let Some(ops) = planner.step() {
+        for op in &ops {
+            model.apply(op).expect("infallible");
+            model
+                .check()
+                .map_err(|t| TestCaseError::fail(t.to_string()))?;
+        }
+    }
+    Ok(())
+}

@@ -34,6 +34,8 @@ pub(crate) enum SourceError {
 pub(crate) struct View {
     store: Mutex<Store>,
     synced: AtomicBool,
+    /// Manifests are missing that an earlier life may have known.
+    partial: AtomicBool,
     troubles: OnceLock<Troubles>,
 }
 
@@ -97,6 +99,17 @@ fn on_event(event: &Event, view: &View, blocks: &Blocks) {
             tracing::info!("the cluster is synced");
             blocks.refresh(view);
         }
+        Event::Partial => {
+            view.partial.store(true, Ordering::Release);
+            tracing::warn!(
+                "some manifests cannot be read: adopted services and blocks in no other manifest are kept until they can"
+            );
+        }
+        Event::Whole => {
+            view.partial.store(false, Ordering::Release);
+            tracing::info!("all manifests are read: what none of them explains goes");
+            blocks.refresh(view);
+        }
         Event::Trouble(what) => tracing::warn!("{what}"),
     }
 }
@@ -155,19 +168,30 @@ impl Blocks {
         if !view.synced() {
             return;
         }
-        let owned: BTreeSet<BlockId> = view
-            .store()
-            .blocks_of(&self.config.node.name)
-            .map(|b| b.block)
-            .collect();
         let mut done = self.lock();
-        let failed = self.bring(&mut done, owned).err().map(|e| e.to_string());
+        let failed = self
+            .owned(view)
+            .and_then(|owned| self.bring(&mut done, owned))
+            .err()
+            .map(|e| e.to_string());
         if let Some(what) = &failed
             && done.failed != failed
         {
             tracing::error!("blocks: {what}; trying again");
         }
         done.failed = failed;
+    }
+
+    /// The blocks of this node. While the view is partial also those that the store knew, unless a manifest gives them to another.
+    fn owned(&self, view: &View) -> Result<BTreeSet<BlockId>, BlocksError> {
+        let own = &self.config.node.name;
+        let mut owned: BTreeSet<BlockId> = view.store().blocks_of(own).map(|b| b.block).collect();
+        if view.partial.load(Ordering::Acquire) {
+            let elsewhere: BTreeSet<BlockId> = view.store().blocks().map(|b| b.block).collect();
+            let known = self.ipam.blocks(clock::now())?;
+            owned.extend(known.iter().filter(|b| !elsewhere.contains(b)));
+        }
+        Ok(owned)
     }
 
     /// What does not stand, for status.

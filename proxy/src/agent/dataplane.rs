@@ -452,6 +452,16 @@ impl Dataplane {
                 !self.uplinks.is_empty(),
             ),
         ];
+        if self.proxy.planner().partial() {
+            proxy.push(fact(
+                "held",
+                format!(
+                    "{} frontends, {} backends in no readable manifest, until all can be read",
+                    totals.held_frontends, totals.held_backends
+                ),
+                false,
+            ));
+        }
         if let Some(took) = self.last_batch {
             proxy.push(fact(
                 "last sync",

@@ -366,6 +366,13 @@ impl Node {
         fs::remove_file(self.path("cluster").join("web.yaml")).unwrap();
     }
 
+    /// Spoils the service's manifest.
+    pub(crate) fn spoil(&self) {
+        let path = self.path("cluster").join("web.yaml");
+        let good = fs::read_to_string(&path).unwrap();
+        fs::write(&path, good.replacen("\"port\":80", "\"port\":99999", 1)).unwrap();
+    }
+
     /// A pod, attached by executing the plugin as a container runtime does.
     pub(crate) fn pod(&self, name: &str) -> Pod {
         let netns = Netns::new(&format!("p-{name}")).unwrap();

@@ -112,6 +112,7 @@ fn snapshot(folder: &Path) -> anyhow::Result<(Duration, Duration, FolderSource, 
                 .for_each(|delta| drop(store.apply(delta))),
             Event::Synced => break,
             Event::Trouble(trouble) => anyhow::bail!("{trouble}"),
+            Event::Partial | Event::Whole => {}
         }
     }
     let (wall, cpu) = (begin.elapsed(), cpu_time() - cpu);
