@@ -8,6 +8,7 @@
 mod show;
 mod target;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -87,6 +88,8 @@ enum Failure {
     OtherAnswer,
     #[error("the answer cannot be written ({0})")]
     Json(#[from] serde_json::Error),
+    #[error("the answer cannot be written ({0})")]
+    Output(#[from] std::io::Error),
 }
 
 impl Failure {
@@ -94,7 +97,7 @@ impl Failure {
         match self {
             Self::Load(_) | Self::Question(_) | Self::Resolve(_) => USAGE,
             Self::Agent(_) | Self::OtherAnswer => NO_AGENT,
-            Self::Refused(_) | Self::Json(_) => WRONG,
+            Self::Refused(_) | Self::Json(_) | Self::Output(_) => WRONG,
         }
     }
 }
@@ -196,9 +199,15 @@ fn ask(socket: &Path, request: &Request) -> Result<Response, Failure> {
 }
 
 fn print(output: Output, answer: &Response, shown: &Shown) -> Result<bool, Failure> {
-    match output {
-        Output::Table => print!("{}", shown.text),
-        Output::Json => println!("{}", serde_json::to_string(answer)?),
+    let mut out = std::io::stdout().lock();
+    let written = match output {
+        Output::Table => out.write_all(shown.text.as_bytes()),
+        Output::Json => writeln!(out, "{}", serde_json::to_string(answer)?),
+    };
+    match written.and_then(|()| out.flush()) {
+        // Whoever reads has seen enough: `kunctl ipam | head`.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(shown.good),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(shown.good),
     }
-    Ok(shown.good)
 }

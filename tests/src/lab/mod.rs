@@ -426,9 +426,9 @@ impl Lab {
         let kunctl = self.places.programs.join("kunctl");
         for node in &self.nodes {
             text.push_str(&format!(
-                "  {} --socket {} status\n",
+                "  {} --config {} status\n",
                 kunctl.display(),
-                node.socket().display()
+                node.config().display()
             ));
         }
         for pod in self.clients() {
