@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -226,6 +227,7 @@ type children struct {
 	running []*exec.Cmd
 	pids    map[string]int
 	died    chan error
+	ended   sync.WaitGroup
 }
 
 func (c *children) log(name string) string { return filepath.Join(c.dir, name+".log") }
@@ -249,7 +251,9 @@ func (c *children) start(name string, flags ...string) error {
 	}
 	c.running = append(c.running, command)
 	c.pids[name] = command.Process.Pid
+	c.ended.Add(1)
 	go func() {
+		defer c.ended.Done()
 		err := command.Wait()
 		c.died <- fmt.Errorf("%s ended (%v): %s", name, err, c.lastLine(name))
 	}()
@@ -296,11 +300,12 @@ func (c *children) lastLine(name string) string {
 	return last
 }
 
-// stop ends them in reverse order; what lingers is killed.
+// stop kills them, last first, and returns when they are gone: there is no state worth a graceful end.
 func (c *children) stop() {
 	for i := len(c.running) - 1; i >= 0; i-- {
 		_ = c.running[i].Process.Kill()
 	}
+	c.ended.Wait()
 }
 
 // freePorts asks the kernel for n ports that nobody has.

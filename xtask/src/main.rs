@@ -4,6 +4,7 @@ mod bench;
 mod command;
 mod ebpf;
 mod lab;
+mod peers;
 mod setup;
 mod test;
 mod tidy;
@@ -39,6 +40,8 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Build the peers that Debian does not package: a Kubernetes control plane. Once, into the cache.
+    Peers,
     /// Run a test binary under another kernel.
     Vm(vm::Arguments),
 }
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Task::Tidy => tidy::run(),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Ebpf { check } => ebpf::ebpf(check),
+        Task::Peers => peers::run(),
         // Its exit status is the command's.
         Task::Vm(arguments) => match vm::run(&arguments) {
             Ok(status) => return status,
