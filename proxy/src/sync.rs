@@ -1,5 +1,8 @@
 //! Events in, ops out: the loop around the planner, with the way back after a failed op.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
 use kun_cluster::Event;
 use kun_proxy_core::{Backend, Here, Limits, Observed, Op, Planner};
 
@@ -21,6 +24,7 @@ pub struct Proxy<B> {
     backend: B,
     /// An op failed: what the planner believes may be wrong until the maps are read back.
     doubtful: bool,
+    vips: Option<BTreeMap<IpAddr, bool>>,
 }
 
 impl<B: Backend> Proxy<B> {
@@ -31,6 +35,7 @@ impl<B: Backend> Proxy<B> {
             planner: Planner::adopt(here, limits, &observed),
             backend,
             doubtful: false,
+            vips: None,
         };
         Ok((proxy, observed))
     }
@@ -51,6 +56,9 @@ impl<B: Backend> Proxy<B> {
         let mut progress = Progress::default();
         for _ in 0..services {
             let Some(ops) = self.planner.step() else {
+                if self.planner.synced() {
+                    self.vips = Some(self.planner.vips());
+                }
                 progress.done = true;
                 break;
             };
@@ -64,6 +72,13 @@ impl<B: Backend> Proxy<B> {
             }
         }
         Ok(progress)
+    }
+
+    /// [`Planner::vips`] as of the last plan that is in the dataplane as a whole; `None` before the first. A planner that starts
+    /// over knows no addresses until it has planned each Service again, and nobody may hear of that: the dataplane serves them
+    /// all the while.
+    pub fn vips(&self) -> Option<&BTreeMap<IpAddr, bool>> {
+        self.vips.as_ref()
     }
 
     /// The planner, for questions.

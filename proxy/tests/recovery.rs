@@ -139,8 +139,11 @@ fn reachable(model: &Model) -> BTreeMap<IpAddr, Vec<IpAddr>> {
         .collect()
 }
 
+/// Which virtual addresses are ready here.
+type Vips = BTreeMap<IpAddr, bool>;
+
 /// Runs everything; how many ops were tried, and where it ended.
-fn run(fails_at: Option<usize>) -> (usize, BTreeMap<IpAddr, Vec<IpAddr>>) {
+fn run(fails_at: Option<usize>) -> (usize, BTreeMap<IpAddr, Vec<IpAddr>>, Option<Vips>) {
     let here = Here {
         node: "here".into(),
         zone: None,
@@ -152,6 +155,7 @@ fn run(fails_at: Option<usize>) -> (usize, BTreeMap<IpAddr, Vec<IpAddr>>) {
     let (mut proxy, _) = Proxy::adopt(here, LIMITS, backend).unwrap();
     let mut failures = 0;
     for event in batches() {
+        let before = proxy.vips().cloned();
         proxy.on_event(&event);
         loop {
             match proxy.advance(1) {
@@ -159,16 +163,21 @@ fn run(fails_at: Option<usize>) -> (usize, BTreeMap<IpAddr, Vec<IpAddr>>) {
                 Ok(_) => {}
                 Err(Refused) => failures += 1,
             }
+            assert_eq!(proxy.vips(), before.as_ref(), "told before it is whole");
             proxy.backend().model.check().unwrap();
         }
     }
     assert_eq!(failures, usize::from(fails_at.is_some()));
-    (proxy.backend().seen, reachable(&proxy.backend().model))
+    (
+        proxy.backend().seen,
+        reachable(&proxy.backend().model),
+        proxy.vips().cloned(),
+    )
 }
 
 #[test]
 fn every_op_may_fail_once() {
-    let (ops, wanted) = run(None);
+    let (ops, wanted, vips) = run(None);
     assert!(ops > 20, "{ops} ops are too few to say anything");
     assert_eq!(
         wanted.keys().copied().collect::<Vec<_>>(),
@@ -178,8 +187,11 @@ fn every_op_may_fail_once() {
             .chain([2, 3].map(|n| IpAddr::from([192, 0, 2, n])))
             .collect::<Vec<_>>()
     );
+    let ready = [2, 3].map(|n| (IpAddr::from([192, 0, 2, n]), false));
+    assert_eq!(vips, Some(ready.into()));
     for n in 1..=ops {
-        let (_, reached) = run(Some(n));
+        let (_, reached, ready) = run(Some(n));
+        assert_eq!(ready, vips, "after op {n} failed");
         assert_eq!(reached, wanted, "after op {n} failed");
     }
 }

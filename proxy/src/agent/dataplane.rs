@@ -374,7 +374,7 @@ impl Dataplane {
 
     /// Tells the announcer, if anything changed for it.
     fn publish_facts(&self) {
-        let vips = self.synced_once.then(|| self.proxy.planner().vips());
+        let vips = self.proxy.vips();
         let ready = self.synced_once && !self.uplinks.is_empty();
         let datapath = if ready {
             Datapath::Ready
@@ -383,15 +383,13 @@ impl Dataplane {
         };
         let nat64 = self.translator.is_some() && !self.uplinks.is_empty();
         self.facts.send_if_modified(|facts| {
-            let new = Facts {
-                blocks: facts.blocks.clone(),
-                vips: vips.clone(),
-                datapath,
-                nat64,
-            };
-            let changed = *facts != new;
-            *facts = new;
-            changed
+            let same = facts.vips.as_ref() == vips
+                && (facts.datapath, facts.nat64) == (datapath, nat64);
+            if !same {
+                facts.vips = vips.cloned();
+                (facts.datapath, facts.nat64) = (datapath, nat64);
+            }
+            !same
         });
     }
 
