@@ -383,8 +383,8 @@ impl Dataplane {
         };
         let nat64 = self.translator.is_some() && !self.uplinks.is_empty();
         self.facts.send_if_modified(|facts| {
-            let same = facts.vips.as_ref() == vips
-                && (facts.datapath, facts.nat64) == (datapath, nat64);
+            let same =
+                facts.vips.as_ref() == vips && (facts.datapath, facts.nat64) == (datapath, nat64);
             if !same {
                 facts.vips = vips.cloned();
                 (facts.datapath, facts.nat64) = (datapath, nat64);

@@ -135,10 +135,21 @@ fn prepare(path: &Path) -> Result<Config, AgentError> {
     Ok(config)
 }
 
+/// A panic in any thread ends the process: a node whose dataplane thread is gone would go on to look ready, and one whose thread
+/// panicked amid a commit would never give out an address again. The datapath is pinned, and the next agent adopts it.
+fn end_on_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        std::process::abort();
+    }));
+}
+
 /// Runs until SIGTERM or SIGINT.
 pub(crate) fn run(path: &Path) -> Result<(), AgentError> {
     let started = Instant::now();
     let config = prepare(path)?;
+    end_on_panic();
     let server = Server::bind(&config.agent.socket)?;
     let telemetry = kun_telemetry::Metrics::new("kun-proxy", env!("CARGO_PKG_VERSION"));
     let metrics = telemetry.register(Metrics::new);
