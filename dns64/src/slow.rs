@@ -13,7 +13,7 @@ use kun_dns_core::query::reject;
 use kun_dns_core::wire::rcode;
 use kun_dns_core::{Outcome, Query, Resolution, Transport};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinSet};
 
 use crate::load::Loaded;
 use crate::metrics::{Counters, Metrics};
@@ -77,6 +77,7 @@ type FlightKey = (usize, Box<[u8]>);
 
 struct Flight {
     job: Arc<Job>,
+    task: task::Id,
     waiters: Vec<Waiter>,
 }
 
@@ -99,8 +100,11 @@ pub(crate) async fn run(shared: Arc<Shared>, mut queue: mpsc::Receiver<Submit>) 
             },
             Some(done) = tasks.join_next() => match done {
                 Ok(done) => finish(&shared, &counters, &mut flights, done),
-                // A task that panicked has said so; its clients time out.
-                Err(e) => tracing::error!(error = %e, "a resolution broke off"),
+                // A task that panicked has said so. Its question must not look like one that is under way for ever.
+                Err(e) => {
+                    tracing::error!(error = %e, "a resolution broke off");
+                    abandon(&counters, &mut flights, e.id());
+                }
             },
         }
     }
@@ -136,14 +140,24 @@ fn take(
     }
     let job: Arc<Job> = Arc::from(job);
     let transport = waiter.as_ref().map_or(Transport::Udp, |w| w.transport);
+    let resolution = resolve(shared.clone(), loaded, job.clone(), transport, key.clone());
+    let task = tasks.spawn(resolution).id();
     flights.insert(
-        key.clone(),
+        key,
         Flight {
-            job: job.clone(),
+            job,
+            task,
             waiters: waiter.into_iter().collect(),
         },
     );
-    tasks.spawn(resolve(shared.clone(), loaded, job, transport, key));
+}
+
+/// Ends the flight of a task that is gone without an outcome: its clients hear that it failed, the next one asks anew.
+fn abandon(counters: &Counters, flights: &mut HashMap<FlightKey, Flight>, task: task::Id) {
+    for (_, flight) in flights.extract_if(|_, flight| flight.task == task) {
+        let waiters = flight.waiters.iter();
+        waiters.for_each(|w| refuse(counters, w, rcode::SERVFAIL));
+    }
 }
 
 async fn resolve(
@@ -188,7 +202,7 @@ fn finish(
         Done::Outcome(key, outcome) => (key, Some(outcome)),
         Done::Limit(key) => (key, None),
     };
-    let Some(Flight { job, waiters }) = flights.remove(&key) else {
+    let Some(Flight { job, waiters, .. }) = flights.remove(&key) else {
         return;
     };
     let chain = &job.chain;
