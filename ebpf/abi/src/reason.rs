@@ -6,7 +6,7 @@
 pub enum Reason {
     /// A service without a ready endpoint.
     NoEndpoint = 0,
-    /// The flow table is full.
+    /// The flow table is full, or the client's tuple is taken at the backend and no other was found.
     FlowTableFull = 1,
     /// Truncated or malformed header.
     Malformed = 2,

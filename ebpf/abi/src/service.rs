@@ -9,6 +9,7 @@
 //! | `flows` | [`FlowKey`] → [`FlowValue`] | hash; a stale generation is a miss |
 //! | `affinity` | [`AffinityKey`] → [`AffinityValue`] | LRU hash |
 //! | `peers` | socket cookie → [`PeerValue`] | LRU hash; a lost entry makes getpeername() show the backend |
+//! | `answers` | 0 → [`Pace`] | per CPU; how fast packets are answered with ICMP errors |
 //! | `opted_out` | cgroup id → `u8` | hash; sockets of that cgroup and below keep the VIP |
 //!
 //! [`packet`] parses and rewrites, [`select`] chooses a backend, [`steer`] is what each hook decides. All three are generic over
@@ -184,10 +185,39 @@ pub struct FlowValue {
     pub backend: u32,
     /// Generation of the backend when the flow was made.
     pub generation: u32,
+    /// The client's port on the other side of the rewriting: what the backend sees (forward), what the client has (reverse).
+    /// 0: the same one.
+    pub client: Port,
     /// Zero.
-    pub pad2: u32,
+    pub pad2: u16,
     /// CLOCK_BOOTTIME nanoseconds of the last packet.
     pub seen: u64,
+}
+
+/// How fast ICMP errors go out (RFC 4443 §2.4 f, RFC 1812 §4.3.2.8): the rate and the burst of Linux, for each CPU.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Pace {
+    /// When the next answer would be due if all came evenly: CLOCK_BOOTTIME nanoseconds.
+    pub next: u64,
+}
+
+impl Pace {
+    /// Between two answers: a thousand in a second.
+    pub const EVERY_NS: u64 = 1_000_000;
+    /// Answers at once after a silence.
+    pub const BURST: u64 = 50;
+
+    /// Whether an answer may go out now; counts it if so.
+    #[inline(always)]
+    pub fn take(&mut self, now: u64) -> bool {
+        let next = if self.next > now { self.next } else { now };
+        if next - now >= Self::BURST * Self::EVERY_NS {
+            return false;
+        }
+        self.next = next + Self::EVERY_NS;
+        true
+    }
 }
 
 /// Key of `affinity`.
@@ -236,4 +266,25 @@ const _: () = {
     assert!(size_of::<AffinityKey>() == 20);
     assert!(size_of::<AffinityValue>() == 16);
     assert!(size_of::<PeerValue>() == 36);
+    assert!(size_of::<Pace>() == 8);
 };
+
+#[cfg(test)]
+mod tests {
+    use super::Pace;
+
+    #[test]
+    fn answers_keep_their_pace() {
+        let mut pace = Pace::default();
+        let start = 5_000_000_000;
+        let burst = (0..1000).filter(|_| pace.take(start)).count() as u64;
+        assert_eq!(burst, Pace::BURST);
+        // Asked a hundred times in each interval, for a second.
+        let step = Pace::EVERY_NS / 100;
+        let second = (1..=100_000)
+            .filter(|i| pace.take(start + i * step))
+            .count();
+        assert_eq!(second, 1000);
+        assert!(pace.take(start + 10 * second as u64 * Pace::EVERY_NS));
+    }
+}

@@ -10,8 +10,8 @@ use std::sync::atomic::fence;
 use std::time::Duration;
 
 use kun_ebpf_abi::service::{
-    AffinityKey, AffinityValue, Backend, FlowKey, FlowValue, PeerValue, ServiceKey, ServiceValue,
-    VIEWS, View, ViewKind, packet::TCP, state,
+    AffinityKey, AffinityValue, Backend, FlowKey, FlowValue, Pace, PeerValue, ServiceKey,
+    ServiceValue, VIEWS, View, ViewKind, packet::TCP, state,
 };
 use kun_ebpf_abi::{Addr, Port};
 
@@ -89,6 +89,14 @@ pub(crate) fn specs(config: &ServiceConfig) -> Vec<MapSpec> {
             8,
             0,
             kun_ebpf_abi::reason::REASONS,
+        ),
+        spec(
+            "answers",
+            map_type::PERCPU_ARRAY,
+            4,
+            size_of::<Pace>(),
+            0,
+            1,
         ),
     ]
 }

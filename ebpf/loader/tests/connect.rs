@@ -340,7 +340,7 @@ fn the_next_agent_adopts_the_hooks_without_a_gap() {
         adopted.links,
         ["connect4", "connect6", "getpeername4", "getpeername6"]
     );
-    assert_eq!(adopted.maps, 9);
+    assert_eq!(adopted.maps, 10);
     assert_eq!((adopted.stale.len(), adopted.capacities.len()), (0, 0));
     let mut world = World { rig, cgroup, netns };
     assert!(

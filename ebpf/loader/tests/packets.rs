@@ -3,10 +3,10 @@
 mod rig;
 
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kun_ebpf_abi::reason::Reason;
-use kun_ebpf_abi::service::{Scope, ViewKind, state};
+use kun_ebpf_abi::service::{Pace, Scope, ViewKind, state};
 use kun_ebpf_loader::{Hook, ServiceConfig, ServiceDataplane};
 use rig::*;
 
@@ -214,6 +214,83 @@ fn unreachable_about(f: &Family, sent: &[u8], answer: &[u8]) {
         "the packet that it is about"
     );
     assert!(about.len() >= if f.vip.is_ipv4() { 28 } else { 48 });
+}
+
+#[test]
+fn a_flood_is_not_answered_by_one() {
+    if !kun_harness::require_root() {
+        return;
+    }
+    for f in families() {
+        let mut rig = Rig::new();
+        rig.service(1, f.vip, 80, UDP, Scope::External);
+        let sent = udp((f.stranger, 40000), (f.vip, 80));
+        let began = Instant::now();
+        let mut answered = 0;
+        for _ in 0..1000 {
+            let out = rig.plane.test_run(Hook::UplinkIngress, &sent, 1).unwrap();
+            assert!([REDIRECT, SHOT].contains(&out.verdict));
+            answered += u64::from(out.verdict == REDIRECT);
+        }
+        let cpus = std::thread::available_parallelism().unwrap().get() as u64;
+        let even = began.elapsed().as_nanos() as u64 / Pace::EVERY_NS;
+        assert!(answered >= Pace::BURST, "{answered} answers");
+        assert!(
+            answered <= cpus * (Pace::BURST + even + 1),
+            "{answered} answers on {cpus} CPUs"
+        );
+        assert!(answered < 1000, "the pace was never met");
+        assert_eq!(rig.counted(Reason::NoEndpoint), 1000);
+    }
+}
+
+/// One client port, two services, one backend: neither flow may get the other's answers.
+#[test]
+fn two_services_before_one_backend_keep_their_flows_apart() {
+    if !kun_harness::require_root() {
+        return;
+    }
+    for f in families() {
+        for proto in [UDP, TCP] {
+            // The client itself as its only backend: likewise.
+            for (backend, there, back) in [
+                (f.backends[0], Hook::UplinkIngress, Hook::UplinkEgress),
+                (f.backends[0], Hook::PodIngress, Hook::PodEgress),
+                (f.client, Hook::PodIngress, Hook::PodIngress),
+            ] {
+                let mut rig = Rig::new();
+                let ids = rig.backends(0, &[(backend, 8080)]);
+                for service in 0..3 {
+                    rig.service(service, f.vip, 80 + service as u16, proto, Scope::External);
+                    rig.publish(service, ViewKind::Cluster, &ids);
+                    rig.publish(service, ViewKind::Local, &ids);
+                }
+                let client = (f.client, 40000);
+                let mut seen = Vec::new();
+                // Twice: the second time each flow is known.
+                for flags in [SYN, ACK] {
+                    for service in 0..3 {
+                        let vip = (f.vip, 80 + service);
+                        let sent = packet(proto, client, vip, flags, b"request");
+                        let sent = rig.plane.test_run(there, &sent, 1).unwrap();
+                        let sent = read(&sent.packet);
+                        assert_eq!(sent.dst, (backend, 8080));
+                        seen.push(sent.src);
+                    }
+                }
+                assert_eq!(seen[..3], seen[3..], "a flow keeps its port");
+                assert_eq!(seen[0].1, client.1, "nothing is changed without need");
+                assert!(seen[0] != seen[1] && seen[1] != seen[2] && seen[0] != seen[2]);
+                for (service, at_backend) in (0..3).zip(&seen) {
+                    let answer = packet(proto, (backend, 8080), *at_backend, ACK, b"answer");
+                    let got = rig.plane.test_run(back, &answer, 1).unwrap();
+                    let got = read(&got.packet);
+                    assert_eq!((got.src, got.dst), ((f.vip, 80 + service), client));
+                }
+                assert_eq!(rig.counted(Reason::FlowTableFull), 0);
+            }
+        }
+    }
 }
 
 #[test]
@@ -507,7 +584,7 @@ fn the_next_agent_finds_flows_services_and_backends() {
         rig.plane.test_run(Hook::PodIngress, &sent, 1).unwrap();
         rig.publish(1, ViewKind::Cluster, &[1]);
         let (mut rig, adopted) = rig.restart();
-        assert_eq!(adopted.maps, 9);
+        assert_eq!(adopted.maps, 10);
         let out = rig.plane.test_run(Hook::PodIngress, &sent, 1).unwrap();
         assert_eq!(read(&out.packet).dst.0, f.backends[0], "the flow goes on");
         let maps = rig.plane.maps();

@@ -12,6 +12,10 @@
 //! a lost forward record is chosen anew, a lost reverse record is put back by the client's next packet that comes
 //! [`REFRESH_NS`] or later after the last refresh.
 //!
+//! Of the backend's answers, tuple and record are one: a client that reaches one backend by two frontends from one port (VIPs 80
+//! and 443 with one target port, say) would have two flows with one reverse record. The later flow gets another client port
+//! on its way to the backend, which both records name; [`PORTS`] are tried.
+//!
 //! Hairpin: to a pod that is chosen as its own backend the packet comes from [`GATEWAY_V4`] or [`GATEWAY_V6`], since neither
 //! family's stack takes a packet from its own address off a wire. These are the pod's next hops, so its replies come back to
 //! this hook, where they get the service's address again. Such packets never enter the node's stack.
@@ -21,8 +25,8 @@ use super::select::{Chosen, NoBackend, hash, select_for};
 use super::{
     AffinityKey, AffinityValue, Backend, FlowKey, FlowValue, Scope, ServiceKey, ServiceValue, flow,
 };
-use crate::Addr;
 use crate::reason::Reason;
+use crate::{Addr, Port};
 
 /// The pods' IPv4 next hop.
 pub const GATEWAY_V4: Addr = Addr::v4([169, 254, 1, 1]);
@@ -31,6 +35,12 @@ pub const GATEWAY_V6: Addr = Addr::v6([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
 
 /// A flow's time is written at most this often: a store to a shared cache line for each packet would be dearer than the look-up.
 pub const REFRESH_NS: u64 = 1_000_000_000;
+
+/// Client ports that are tried for a flow whose own one is taken at the backend; then its packet is dropped as if the table were
+/// full.
+pub const PORTS: u32 = 4;
+/// They are from here to 65535.
+const FIRST_PORT: u32 = 1 << 15;
 
 /// Access to the maps.
 pub trait Maps {
@@ -67,7 +77,7 @@ pub enum Verdict {
     Drop,
     /// Goes back out of the interface that it came in by.
     Bounce,
-    /// Ends here; the sender is told that the port is unreachable. Counted.
+    /// Ends here; the sender is told that the port is unreachable, as far as [`Pace`](super::Pace) lets it. Counted.
     Unreachable,
 }
 
@@ -195,6 +205,9 @@ fn forward<P: Packet, M: Maps>(
         closing |= held.closing != 0;
         (id, generation) = (held.backend, held.generation);
         (pair.src, pair.sport) = (held.addr, held.port);
+        if held.client.0 != 0 {
+            pair.dport = held.client;
+        }
     }
     if !known {
         match select_for(maps, service, view, key.src, hash(key), now) {
@@ -213,7 +226,11 @@ fn forward<P: Packet, M: Maps>(
         pair.dir = flow::HAIRPIN;
         pair.dst = if headers.v6 { GATEWAY_V6 } else { GATEWAY_V4 };
     }
+    if !known && !free_port(maps, key, &mut pair) {
+        return drop(maps, Reason::FlowTableFull);
+    }
     if !known || refresh {
+        let moved = pair.dport.0 != key.sport.0;
         let mut value = FlowValue {
             addr: pair.src,
             port: pair.sport,
@@ -221,6 +238,7 @@ fn forward<P: Packet, M: Maps>(
             pad: 0,
             backend: id,
             generation,
+            client: if moved { pair.dport } else { Port(0) },
             pad2: 0,
             seen: now,
         };
@@ -232,6 +250,9 @@ fn forward<P: Packet, M: Maps>(
         }
         value.addr = key.dst;
         value.port = key.dport;
+        if moved {
+            value.client = key.sport;
+        }
         // Also of a known flow: here a reverse record that the table has forgotten comes back.
         room &= maps.put_flow(&pair, &value);
         if !room {
@@ -251,6 +272,31 @@ fn forward<P: Packet, M: Maps>(
     )
 }
 
+/// Makes `pair`, the tuple of the answers to `key`, one that no other flow has, by the client's port; false: none was found.
+#[inline(always)]
+fn free_port<M: Maps>(maps: &M, key: &FlowKey, pair: &mut FlowKey) -> bool {
+    let seed = hash(key);
+    let mut tried = 0;
+    while tried <= PORTS {
+        let Some(held) = maps.flow(pair) else {
+            return true;
+        };
+        let client = if held.client.0 == 0 {
+            pair.dport
+        } else {
+            held.client
+        };
+        let own = client.0 == key.sport.0 && held.addr.same(&key.dst) && held.port.0 == key.dport.0;
+        if own || !alive(maps, held) {
+            return true;
+        }
+        let port = FIRST_PORT | (seed >> (tried * 4)) & (FIRST_PORT - 1);
+        pair.dport = Port::new(port as u16);
+        tried += 1;
+    }
+    false
+}
+
 /// A backend's packet to its client, whose reverse or hairpin record `headers.tuple` may be.
 #[inline(always)]
 fn answer<P: Packet, M: Maps>(packet: &mut P, maps: &mut M, headers: &Headers) -> Verdict {
@@ -266,7 +312,11 @@ fn answer<P: Packet, M: Maps>(packet: &mut P, maps: &mut M, headers: &Headers) -
     let pair = FlowKey {
         src: if hairpin { key.src } else { key.dst },
         dst: held.addr,
-        sport: key.dport,
+        sport: if held.client.0 == 0 {
+            key.dport
+        } else {
+            held.client
+        },
         dport: held.port,
         dir: flow::FORWARD,
         ..*key

@@ -57,6 +57,8 @@ fn act(ctx: &TcContext, verdict: Verdict) -> i32 {
         Verdict::Pass => TC_ACT_UNSPEC,
         Verdict::Drop => TC_ACT_SHOT,
         Verdict::Bounce => skb::bounce(ctx).unwrap_or(TC_ACT_SHOT),
+        // A flood with forged senders must not become one of ours.
+        Verdict::Unreachable if !maps::may_answer() => TC_ACT_SHOT,
         Verdict::Unreachable => skb::unreachable(ctx).unwrap_or(TC_ACT_SHOT),
     }
 }

@@ -7,7 +7,8 @@ use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use kun_ebpf_abi::reason::{REASONS, Reason};
 use kun_ebpf_abi::service::steer::Maps;
 use kun_ebpf_abi::service::{
-    AffinityKey, AffinityValue, Backend, FlowKey, FlowValue, PeerValue, ServiceKey, ServiceValue,
+    AffinityKey, AffinityValue, Backend, FlowKey, FlowValue, Pace, PeerValue, ServiceKey,
+    ServiceValue,
 };
 
 // Not preallocated: a preallocated element is reused at once when it is deleted, and a program that has just looked it up
@@ -40,6 +41,19 @@ pub(crate) static OPTED_OUT: HashMap<u64, u8> = HashMap::with_max_entries(1, BPF
 
 #[map(name = "reasons")]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASONS, 0);
+
+#[map(name = "answers")]
+static ANSWERS: PerCpuArray<Pace> = PerCpuArray::with_max_entries(1, 0);
+
+/// Whether this CPU may answer one more packet with an ICMP error.
+#[inline(always)]
+pub(crate) fn may_answer() -> bool {
+    match ANSWERS.get_ptr_mut(0) {
+        // SAFETY: this CPU's element; the hooks that answer do not interrupt each other on one CPU.
+        Some(pace) => unsafe { (*pace).take(bpf_ktime_get_boot_ns()) },
+        None => false,
+    }
+}
 
 /// The kernel's maps.
 pub(crate) struct Kernel;
