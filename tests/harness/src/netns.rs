@@ -4,11 +4,13 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::process::{Process, kill_all, run};
+use crate::wait::wait_for;
 use crate::{names, skips};
 
 const DIRECTORY: &str = "/run/netns";
@@ -127,7 +129,11 @@ pub fn enter(path: &Path) -> Result<()> {
         .with_context(|| format!("entering {}", path.display()))
 }
 
-/// A veth pair between two namespaces, up on both ends.
+/// The kernel tells IPv6 of a carrier from a work queue, which a busy machine may keep waiting.
+const CARRIER_WITHIN: Duration = Duration::from_secs(20);
+
+/// A veth pair between two namespaces, up on both ends, and known to be: until IPv6 has heard of the carrier, it refuses routes'
+/// next hops on it.
 pub fn veth(a: &Netns, a_name: &str, b: &Netns, b_name: &str) -> Result<()> {
     run([
         "ip",
@@ -146,6 +152,13 @@ pub fn veth(a: &Netns, a_name: &str, b: &Netns, b_name: &str) -> Result<()> {
     ])?;
     a.exec(&format!("link set {a_name} up"))?;
     b.exec(&format!("link set {b_name} up"))?;
+    for (ns, name) in [(a, a_name), (b, b_name)] {
+        let question = format!("link show dev {name} up");
+        wait_for(&format!("the carrier of {name}"), CARRIER_WITHIN, || {
+            let answer = ns.exec(&question).ok()?;
+            answer.contains("state UP").then_some(())
+        })?;
+    }
     Ok(())
 }
 
