@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{command, ebpf, lab, setup, tidy};
+use crate::{command, ebpf, lab, setup, tidy, vm};
 
 /// Flags of `test`.
 #[derive(clap::Args)]
@@ -65,8 +65,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let began = Instant::now();
     let mut count = Count::default();
     let whole = packages.is_none();
+    let programs = matches!(arguments.only.as_deref(), None | Some("ebpf" | "nat64"));
     step(&mut count, "setup", |_| {
-        setup::run(&setup::Arguments::default())
+        setup::run(&setup::Arguments::default())?;
+        match programs {
+            true => vm::setup(),
+            false => Ok(()),
+        }
     })?;
     if whole {
         step(&mut count, "format", |_| {
@@ -94,6 +99,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if whole || arguments.only.as_deref() == Some("ebpf") {
         step(&mut count, "ebpf toolchain", |_| ebpf::install_toolchain())?;
         step(&mut count, "ebpf --check", |_| ebpf::ebpf(true))?;
+    }
+    if programs {
+        // The oldest kernel that is supported. This machine's own has had its turn.
+        step(&mut count, "ebpf under 6.1", |count| {
+            count.passed += vm::ebpf_tests(vm::Kernel::V6_1)?;
+            Ok(())
+        })?;
     }
     if whole {
         step(&mut count, "lab", |count| {

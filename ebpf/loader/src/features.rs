@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::os::fd::AsFd;
+use std::sync::OnceLock;
 
 use aya::programs::{Program, ProgramError};
 
@@ -37,9 +38,20 @@ impl fmt::Display for Missing {
     }
 }
 
+/// A process sees one kernel: it is asked once.
+static PROBED: OnceLock<Features> = OnceLock::new();
+
 impl Features {
-    /// Tries each. `object` holds a classifier and a connect hook to try with.
+    /// Tries each, once in a process. `object` holds a classifier and a connect hook to try with.
     pub(crate) fn probe(object: &'static str, bytes: &[u8]) -> Result<Self, Error> {
+        if let Some(known) = PROBED.get() {
+            return Ok(*known);
+        }
+        let found = Self::try_each(object, bytes)?;
+        Ok(*PROBED.get_or_init(|| found))
+    }
+
+    fn try_each(object: &'static str, bytes: &[u8]) -> Result<Self, Error> {
         let mut ebpf = aya::EbpfLoader::new()
             .load(bytes)
             .map_err(|source| Error::Object {

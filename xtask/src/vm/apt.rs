@@ -148,6 +148,8 @@ impl Apt {
             "APT::Architecture=amd64".to_owned(),
             "APT::Sandbox::User=root".to_owned(),
             "Acquire::Languages=none".to_owned(),
+            "Acquire::http::Timeout=30".to_owned(),
+            "Acquire::Retries=2".to_owned(),
         ];
         Ok(Self {
             options: options
@@ -158,7 +160,9 @@ impl Apt {
     }
 
     fn run(&self, program: &str, words: &[&str], directory: Option<&Path>) -> Result<String> {
-        let mut command = Command::new(program);
+        // A mirror that dribbles would hold us for ever.
+        let mut command = Command::new("timeout");
+        command.args(["300", program]);
         command.args(&self.options).args(words);
         if let Some(directory) = directory {
             command.current_dir(directory);
@@ -168,8 +172,9 @@ impl Apt {
             .with_context(|| format!("vm: running {program}"))?;
         ensure!(
             output.status.success(),
-            "vm: {program} {}: {}",
+            "vm: {program} {}: {} {}",
             words.join(" "),
+            output.status,
             String::from_utf8_lossy(&output.stderr).trim()
         );
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())

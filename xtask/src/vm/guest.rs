@@ -118,7 +118,8 @@ fn prologue(modules: &[String]) -> String {
     s
 }
 
-fn words(command: &[String]) -> String {
+/// A command line for a POSIX shell.
+pub(super) fn words(command: &[String]) -> String {
     command
         .iter()
         .map(|w| quoted(w))

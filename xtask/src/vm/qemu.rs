@@ -3,13 +3,13 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use super::apt::Kernel;
-use super::{Reaped, Run, Scratch, guest, initramfs};
+use super::{Reaped, Run, Scratch, guest, initramfs, mortal};
 
 /// virtiofsd makes its socket in milliseconds.
 const SHARE_WITHIN: Duration = Duration::from_secs(10);
@@ -37,7 +37,7 @@ pub(super) fn run(run: &Run<'_>, kernel: &Kernel) -> Result<u8> {
     if let Some(writable) = &run.writable {
         shares.push(Share::new(&scratch, "rw", writable, "auto")?);
     }
-    let mut qemu = Command::new("qemu-system-x86_64");
+    let mut qemu = mortal("qemu-system-x86_64".as_ref());
     qemu.args([
         "-M",
         "q35,usb=off,sata=off,smbus=off",
@@ -129,7 +129,7 @@ impl Share {
             scratch.file(&format!("{tag}.sock")),
             scratch.file(&format!("{tag}.log")),
         );
-        let mut daemon = Command::new(program);
+        let mut daemon = mortal(program);
         daemon.arg(format!("--socket-path={}", socket.display()));
         daemon.arg("-o").arg(format!(
             "source={},cache={cache},sandbox=chroot",
