@@ -9,6 +9,7 @@ use std::io::Write;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -510,7 +511,10 @@ fn parallel(s: &Subject<'_>) -> Result<()> {
         .map(|i| s.attachment(&format!("par{i}")))
         .collect::<Result<_>>()?;
     // The shell starts all of them before it waits for any.
-    let dir = std::env::temp_dir().join(format!("kun-conformance-{}", std::process::id()));
+    // Several subjects may be judged at once in one process.
+    static SUBJECTS: AtomicU32 = AtomicU32::new(0);
+    let number = SUBJECTS.fetch_add(1, Ordering::Relaxed);
+    let dir = std::env::temp_dir().join(format!("kun-conformance-{}-{number}", std::process::id()));
     std::fs::create_dir_all(&dir)?;
     let stdin = dir.join("network.json");
     std::fs::write(&stdin, network.to_string())?;

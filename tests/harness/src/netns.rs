@@ -90,11 +90,16 @@ impl Netns {
     }
 
     /// `ip -n <name> <words>`; without the name of the namespace: `netns.exec("link set eth0 up")`. Its output, or what failed.
+    /// IPv6 addresses are added with `nodad`: usable at once.
     pub fn exec(&self, ip_words: &str) -> Result<String> {
         let words = ip_words.strip_prefix("ip ").unwrap_or(ip_words);
+        // `accept_dad` 0 still leaves an address tentative until a work queue has run, and nobody can bind to it meanwhile.
+        let tentative =
+            words.starts_with("addr add ") && words.contains(':') && !words.contains(" nodad");
         run(["ip", "-n", &self.name]
             .into_iter()
-            .chain(words.split_whitespace()))
+            .chain(words.split_whitespace())
+            .chain(tentative.then_some("nodad")))
     }
 
     /// Writes a sysctl of the namespace, named with dots (`net.ipv4.ip_forward`).
