@@ -19,6 +19,10 @@ const LONG: &[(&str, &str)] = &[
     ),
     ("ebpf/loader/tests/nat64_cases.rs", "a table of packets"),
     (
+        "ebpf/loader/tests/packets.rs",
+        "packets in, packets out, one rig",
+    ),
+    (
         "proxy/core/src/planner.rs",
         "the order of its ops is one argument, which its tests break at every point",
     ),
