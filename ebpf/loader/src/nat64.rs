@@ -26,6 +26,7 @@ use kun_ebpf_abi::reason::{REASONS, Reason};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::hook::{self, HookError, Mechanism};
+use crate::pins::file_name;
 use crate::sys::{self, Plain};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nat64.o"));
@@ -353,7 +354,7 @@ impl Nat64Dataplane {
             interface: uplink.to_owned(),
             source,
         };
-        let index = interface_index(uplink).map_err(at)?;
+        let index = sys::interface_index(uplink).map_err(at)?;
         let mtu = sys::mtu(uplink).map_err(at)?;
         if mtu < kun_ebpf_abi::translate::MIN_MTU {
             return Err(Nat64Error::Mtu {
@@ -364,7 +365,7 @@ impl Nat64Dataplane {
         self.settings.uplink = index;
         self.settings.mtu = mtu;
         self.publish()?;
-        let pin = self.directory.join(format!("link_{uplink}"));
+        let pin = self.pin("link", uplink);
         let by = hook::attach(
             classifier(&mut self.program, PROGRAM),
             uplink,
@@ -379,8 +380,8 @@ impl Nat64Dataplane {
     /// Pins the steps in the place of an earlier process's, whose program is off the hook by now: without a pin or a process the
     /// kernel would empty the array.
     fn pin_steps(&self, uplink: &str) -> Result<(), Nat64Error> {
-        let path = self.directory.join(format!("steps_{uplink}"));
-        let fresh = self.directory.join(format!("steps_{uplink}_new"));
+        let path = self.pin("steps", uplink);
+        let fresh = self.pin("new_steps", uplink);
         let at = |path: &Path| {
             let path = path.to_owned();
             move |source| Nat64Error::Directory { path, source }
@@ -400,11 +401,15 @@ impl Nat64Dataplane {
         fs::rename(&fresh, &path).map_err(at(&path))
     }
 
+    fn pin(&self, what: &str, uplink: &str) -> PathBuf {
+        self.directory.join(format!("{what}_{}", file_name(uplink)))
+    }
+
     /// Takes the program off the uplink. The maps stay pinned.
     pub fn detach(&mut self, uplink: &str) {
-        let pin = self.directory.join(format!("link_{uplink}"));
+        let pin = self.pin("link", uplink);
         hook::detach(PROGRAM, uplink, TcAttachType::Ingress, &pin);
-        let _ = fs::remove_file(self.directory.join(format!("steps_{uplink}")));
+        let _ = fs::remove_file(self.pin("steps", uplink));
     }
 
     /// Writes the settings into the entry that is not in force, then names it: no packet sees half of them.
@@ -605,15 +610,6 @@ fn table<T: TryFrom<aya::maps::Map, Error = MapError>>(
         name: map.to_owned(),
     });
     T::try_from(taken.map_err(of)?).map_err(of)
-}
-
-fn interface_index(name: &str) -> io::Result<u32> {
-    let socket = rustix::net::socket(
-        rustix::net::AddressFamily::INET,
-        rustix::net::SocketType::DGRAM,
-        None,
-    )?;
-    Ok(rustix::net::netdevice::name_to_index(&socket, name)?)
 }
 
 /// Whether pins stand; refuses maps of another shape, which aya would take unseen.

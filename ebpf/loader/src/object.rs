@@ -234,7 +234,7 @@ impl Object {
             target: interface.to_owned(),
             source,
         };
-        let index = interface_index(interface).map_err(fault)?;
+        let index = sys::interface_index(interface).map_err(fault)?;
         if !self.features.tcx {
             return self.attach_clsact(program, interface, direction);
         }
@@ -328,13 +328,4 @@ fn unpin(path: &Path) -> Result<(), Error> {
         }),
         _ => Ok(()),
     }
-}
-
-fn interface_index(name: &str) -> io::Result<u32> {
-    let socket = rustix::net::socket(
-        rustix::net::AddressFamily::INET,
-        rustix::net::SocketType::DGRAM,
-        None,
-    )?;
-    Ok(rustix::net::netdevice::name_to_index(&socket, name)?)
 }

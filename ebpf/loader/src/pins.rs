@@ -100,10 +100,7 @@ impl Pins {
     /// `interface`: `None` for a cgroup's.
     pub(crate) fn link(&self, program: &str, interface: Option<&str>) -> PathBuf {
         self.links().join(match interface {
-            Some(interface) => format!(
-                "{program}:{}",
-                interface.replace('%', "%25").replace('.', "%2E")
-            ),
+            Some(interface) => format!("{program}:{}", file_name(interface)),
             None => program.to_owned(),
         })
     }
@@ -177,6 +174,11 @@ impl Pins {
         }
         Ok((adopted, kept))
     }
+}
+
+/// An interface's name as part of a file's: bpffs takes no dots (`bond0.100`).
+pub(crate) fn file_name(interface: &str) -> String {
+    interface.replace('%', "%25").replace('.', "%2E")
 }
 
 fn is_bpffs(path: &Path) -> bool {

@@ -626,6 +626,17 @@ pub(crate) struct Plain<T>(pub(crate) T);
 // SAFETY: used for the types of `kun_ebpf_abi` alone, which are `repr(C)`, hold integers and say their padding.
 unsafe impl<T: Copy + 'static> aya::Pod for Plain<T> {}
 
+/// The index of an interface of the calling thread's network namespace.
+pub(crate) fn interface_index(name: &str) -> io::Result<u32> {
+    let socket = socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    Ok(rustix::net::netdevice::name_to_index(&socket, name)?)
+}
+
 /// The MTU of an interface of the calling thread's network namespace. (Not from /sys, which shows the namespace that mounted it.)
 pub(crate) fn mtu(interface: &str) -> io::Result<u32> {
     let socket = socket_with(

@@ -25,6 +25,9 @@ pub(crate) struct World {
     pub(crate) bpffs: BpfFs,
 }
 
+/// The gateway's uplink, named as a VLAN's interface is.
+pub(crate) const UPLINK: &str = "up.0";
+
 pub(crate) fn config(bpffs_root: PathBuf) -> Nat64Config {
     Nat64Config {
         bpffs_root,
@@ -58,7 +61,7 @@ impl World {
         };
         veth(&w.pod, "eth0", &w.router, "pod").unwrap();
         veth(&w.server, "eth0", &w.router, "server").unwrap();
-        veth(&w.gateway, "up0", &w.router, "gw").unwrap();
+        veth(&w.gateway, UPLINK, &w.router, "gw").unwrap();
         w.router.forward().unwrap();
         w.gateway.forward().unwrap();
         for words in [
@@ -85,8 +88,8 @@ impl World {
         w.server.exec("addr add 192.0.2.80/24 dev eth0").unwrap();
         w.server.exec("route add default via 192.0.2.1").unwrap();
         for words in [
-            "addr add fd00:3::2/64 dev up0",
-            "addr add 203.0.113.2/24 dev up0",
+            &format!("addr add fd00:3::2/64 dev {UPLINK}"),
+            &format!("addr add 203.0.113.2/24 dev {UPLINK}"),
             "route add default via 203.0.113.1",
             "-6 route add default via fd00:3::1",
         ] {
@@ -103,7 +106,7 @@ impl World {
         let config = config(self.bpffs.path().to_owned());
         self.gateway.run(move || {
             let mut plane = Nat64Dataplane::open(&config).unwrap();
-            let by = plane.attach_by("up0", only).unwrap();
+            let by = plane.attach_by(UPLINK, only).unwrap();
             assert!(only.is_none_or(|m| m == by));
             plane
         })
