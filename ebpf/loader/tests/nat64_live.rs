@@ -251,6 +251,27 @@ fn tcp_from(source: &str, to: SocketAddr) -> TcpStream {
     socket.into()
 }
 
+/// An open port takes datagrams from anybody (endpoint-independent filtering), but only what goes out makes sessions: a flood of
+/// forged senders does not fill the table.
+#[test]
+fn what_comes_unasked_to_an_open_port_makes_no_session() {
+    if !require_root() {
+        return;
+    }
+    let w = World::new();
+    let plane = w.translate(None);
+    let server = udp_server(&w, 53);
+    let client = udp(&w, &format!("[{POD}]:123"));
+    client.send_to(b"?", server6(53)).unwrap();
+    let (_, external) = server.recv_from(&mut [0; 16]).unwrap();
+    for port in 6000..6100 {
+        let other = udp_server(&w, port);
+        other.send_to(b"!", external).unwrap();
+        assert_eq!(client.recv_from(&mut [0; 16]).unwrap().1, server6(port));
+    }
+    assert_eq!(plane.stats().unwrap().sessions, 1);
+}
+
 /// Nothing that the inside did not ask for comes in through the exceptions' address, and nothing through an unused port.
 #[test]
 fn unasked_packets_from_ipv4_are_dropped_and_counted() {
@@ -513,7 +534,7 @@ fn clsact_serves_where_tcx_lacks() {
         .gateway
         .output({
             let mut c = Command::new("tc");
-            c.args(["filter", "show", "dev", "up0", "ingress"]);
+            c.args(["filter", "show", "dev", UPLINK, "ingress"]);
             c
         })
         .unwrap();

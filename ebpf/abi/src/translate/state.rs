@@ -177,11 +177,16 @@ fn keep<T: Tables>(t: &mut T, flow: &Flow, port: u16, side: Side) -> Result<(), 
     };
     let now = t.now();
     let tcp = key.proto == number::TCP;
+    // Nobody outside can fill the table (RFC 6146 §5.3): what comes unasked to a port that is open gets in, but only what goes out
+    // makes a session. Of TCP a SYN does, for six seconds.
     // Plain values instead of an Option: the verifier refuses registers that only one arm has set.
     let (known, was, until) = match t.session(&key) {
         Some(o) if !o.expired(now) => (true, o.state, o.until),
         _ => (false, 0, 0),
     };
+    if !known && !tcp && matches!(side, Side::Four) {
+        return Ok(());
+    }
     let (state, refresh) = if !tcp {
         let only = if key.proto == number::UDP {
             State::Udp
