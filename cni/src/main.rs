@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::{anyhow, bail};
 use kun_cni::plugin::{self, Outcome};
 use kun_cni_core::spec::{
     Code, DEFAULT_KUN_CONFIG, Failure, Invocation, Version, parse_environment,
@@ -89,12 +89,15 @@ fn person(arguments: &[String]) -> anyhow::Result<String> {
 }
 
 fn load(path: &Path) -> anyhow::Result<Config> {
-    let file =
-        std::fs::File::open(path).with_context(|| format!("{}: cannot be read", path.display()))?;
     let mut text = String::new();
-    file.take(MAX_CONFIG)
-        .read_to_string(&mut text)
-        .with_context(|| format!("{}: cannot be read", path.display()))?;
+    std::fs::File::open(path)
+        .and_then(|file| file.take(MAX_CONFIG).read_to_string(&mut text))
+        .map_err(|e| {
+            anyhow!(
+                "{}: cannot be read ({e}); `kunConfig` in the network configuration, or --config by hand, names kun.yaml",
+                path.display()
+            )
+        })?;
     let host = match std::env::var("NODE_NAME") {
         Ok(name) if !name.is_empty() => name,
         Ok(_) | Err(_) => rustix::system::uname()

@@ -10,11 +10,18 @@ use crate::{MAX_LINE, Request, Response};
 /// An ADD waits for one group commit and a handful of netlink messages; far past that the agent is stuck.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
 
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "run this as root",
+        _ => "is kun-proxy running?",
+    }
+}
+
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens.
-    #[error("{}: no agent answers there ({source}); is kun-proxy running?", socket.display())]
+    #[error("{}: no agent answers there ({source}); {}", socket.display(), remedy(source))]
     NoAgent {
         /// The socket.
         socket: PathBuf,

@@ -32,7 +32,7 @@ pub enum ListenError {
         holder: String,
     },
     /// Not possible for another reason.
-    #[error("{address}/{protocol}: cannot listen: {source}")]
+    #[error("{address}/{protocol}: cannot listen ({source}); {}", remedy(source))]
     Failed {
         /// The address.
         address: SocketAddr,
@@ -41,6 +41,16 @@ pub enum ListenError {
         /// Why.
         source: io::Error,
     },
+}
+
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "run it as root or with CAP_NET_BIND_SERVICE, or give a port above 1023 in the Corefile"
+        }
+        io::ErrorKind::AddrNotAvailable => "bind must name an address of this host",
+        _ => "change port or bind in the Corefile",
+    }
 }
 
 /// The sockets of one listener.

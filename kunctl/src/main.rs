@@ -12,7 +12,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use kun_config::{ClusterSource, Config};
 use kun_control::{ClientError, Request, Response};
 use kun_telemetry::LoadError;
@@ -31,6 +31,7 @@ const DEFAULT_SOCKET: &str = "/run/kun/agent.sock";
 #[derive(Debug, Parser)]
 #[command(
     version,
+    arg_required_else_help = true,
     after_help = "Exit codes: 0 all is well, 1 something is not as it should be, 2 usage or configuration, 3 no agent answers."
 )]
 struct Flags {
@@ -43,8 +44,11 @@ struct Flags {
     /// How to print.
     #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
     output: Output,
+    /// Check the configuration, print its faults or `ok`, and exit.
+    #[arg(long)]
+    check_config: bool,
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -103,7 +107,19 @@ impl Failure {
 }
 
 fn main() -> ExitCode {
-    match run(&Flags::parse()) {
+    let flags = Flags::parse();
+    if flags.check_config {
+        return kun_telemetry::check_config(&flags.config);
+    }
+    let Some(command) = &flags.command else {
+        Flags::command()
+            .error(
+                clap::error::ErrorKind::MissingSubcommand,
+                "what to ask: status, why or ipam",
+            )
+            .exit()
+    };
+    match run(&flags, command) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(WRONG),
         Err(failure) => {
@@ -114,14 +130,14 @@ fn main() -> ExitCode {
 }
 
 /// Whether all is as it should be.
-fn run(flags: &Flags) -> Result<bool, Failure> {
+fn run(flags: &Flags, command: &Command) -> Result<bool, Failure> {
     let config = config(flags)?;
     let socket = match (&flags.socket, &config) {
         (Some(socket), _) => socket.as_path(),
         (None, Some(config)) => config.agent.socket.as_path(),
         (None, None) => Path::new(DEFAULT_SOCKET),
     };
-    match &flags.command {
+    match command {
         Command::Status => {
             let answer = ask(socket, &Request::Status)?;
             let Response::Status { status } = &answer else {

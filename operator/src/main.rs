@@ -34,7 +34,8 @@ fn main() -> ExitCode {
     match run(&flags) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("kun-operator: {error:#}");
+            // Not `{:#}`: these errors say their cause themselves.
+            eprintln!("kun-operator: {error}");
             ExitCode::FAILURE
         }
     }

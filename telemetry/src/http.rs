@@ -89,7 +89,9 @@ pub enum ServeError {
         address: SocketAddr,
     },
     /// The address cannot be listened on.
-    #[error("{address}: cannot listen for metrics there ({source})")]
+    #[error(
+        "{address}: cannot listen for metrics there ({source}); give an address of this host in kun.yaml, or `off`"
+    )]
     Listen {
         /// As configured.
         address: SocketAddr,

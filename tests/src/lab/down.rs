@@ -26,7 +26,7 @@ impl Lock {
             .create(true)
             .append(true)
             .open(&path)
-            .with_context(|| format!("opening {}", path.display()))?;
+            .with_context(|| format!("opening {}: labs need root", path.display()))?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             bail!(
                 "the lab `{}` is being brought up or down by another process; stop that, or give --name",
