@@ -1,4 +1,4 @@
-//! `health`, `ready` and `prometheus`: GET of one path each, HTTP/1.1, one request a connection.
+//! `health`, `ready` and `prometheus` of the Corefile, and `dns.metrics` of kun.yaml: GET of one path each, HTTP/1.1, one request a connection.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -54,8 +54,8 @@ async fn answer(
     let served = loaded.endpoints().contains(&(address, path));
     let (status, kind, body) = match (method, path) {
         ("GET" | "HEAD", _) if !served => ("404 Not Found", "text/plain", "not found\n".to_owned()),
-        ("GET" | "HEAD", "/health") => ("200 OK", "text/plain", "OK".to_owned()),
-        ("GET" | "HEAD", "/ready") => match loaded.world.synced() {
+        ("GET" | "HEAD", "/health" | "/healthz") => ("200 OK", "text/plain", "OK".to_owned()),
+        ("GET" | "HEAD", "/ready" | "/readyz") => match loaded.world.synced() {
             true => ("200 OK", "text/plain", "OK".to_owned()),
             // CoreDNS names the plugins that are not ready.
             false => (

@@ -21,7 +21,7 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 pub enum ListenError {
     /// Someone else has it.
     #[error(
-        "{address}/{protocol}: taken by {holder}; stop it, or change port or bind in the Corefile"
+        "{address}/{protocol}: taken by {holder}; stop it, or change port or bind in the Corefile (for metrics: dns.metrics in kun.yaml)"
     )]
     Occupied {
         /// The address.

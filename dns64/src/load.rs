@@ -109,12 +109,14 @@ impl Surroundings for Disk {
 pub struct Source {
     /// Parsed.
     pub corefile: Corefile,
+    /// `dns.metrics` of kun.yaml.
+    metrics: Option<SocketAddr>,
     text: String,
 }
 
 impl Source {
-    /// Reads and parses.
-    pub fn read(path: &Path) -> Result<Self, LoadError> {
+    /// Reads and parses. `metrics` is the endpoint of a Corefile that has no `prometheus`.
+    pub fn read(path: &Path, metrics: Option<SocketAddr>) -> Result<Self, LoadError> {
         let text = read(path)?;
         let disk = Disk {
             read: RefCell::new(text.clone()),
@@ -125,6 +127,7 @@ impl Source {
         }
         Ok(Self {
             corefile,
+            metrics,
             text: disk.read.into_inner(),
         })
     }
@@ -251,6 +254,10 @@ impl Loaded {
 
     /// Addresses of HTTP endpoints with the path that each serves.
     pub fn endpoints(&self) -> Vec<(SocketAddr, &'static str)> {
+        let prometheus = self.plugins().any(|p| matches!(p, Plugin::Prometheus(_)));
+        let own = self.source.metrics.filter(|_| !prometheus);
+        let paths = ["/metrics", "/healthz", "/readyz"];
+        let own = own.into_iter().flat_map(|a| paths.map(|path| (a, path)));
         self.plugins()
             .filter_map(|p| match p {
                 Plugin::Health(h) => Some((h.address, "/health")),
@@ -258,6 +265,7 @@ impl Loaded {
                 Plugin::Prometheus(a) => Some((*a, "/metrics")),
                 _ => None,
             })
+            .chain(own)
             .collect()
     }
 }

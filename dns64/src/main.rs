@@ -43,7 +43,7 @@ fn start(flags: &Flags) -> anyhow::Result<()> {
         .clone()
         .unwrap_or_else(|| config.dns.corefile.clone());
     if flags.check_config || flags.explain {
-        let source = Source::read(&corefile)?;
+        let source = Source::read(&corefile, config.dns.metrics)?;
         for warning in config
             .warnings
             .0
@@ -66,6 +66,7 @@ fn start(flags: &Flags) -> anyhow::Result<()> {
         .build()?;
     let options = Options {
         corefile,
+        metrics: config.dns.metrics,
         cluster: config.cluster,
     };
     runtime.block_on(run(options))?;

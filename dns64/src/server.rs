@@ -70,6 +70,8 @@ fn system(what: &'static str) -> impl Fn(io::Error) -> ServeError {
 pub struct Options {
     /// The Corefile.
     pub corefile: PathBuf,
+    /// Where metrics are served when the Corefile has no `prometheus`.
+    pub metrics: Option<SocketAddr>,
     /// Where names of the cluster come from.
     pub cluster: ClusterSource,
 }
@@ -188,7 +190,7 @@ fn follow(
 /// Serves until SIGTERM or SIGINT. Call on a current-thread runtime.
 pub async fn run(options: Options) -> Result<(), ServeError> {
     let view = ClusterView::default();
-    let source = Arc::new(Source::read(&options.corefile)?);
+    let source = Arc::new(Source::read(&options.corefile, options.metrics)?);
     source
         .corefile
         .warnings
@@ -318,7 +320,7 @@ impl Server {
     /// Reads the Corefile again; what is broken changes nothing.
     fn reload(&mut self, told: bool) {
         let old = self.shared.loaded.load_full();
-        let source = match Source::read(&self.options.corefile) {
+        let source = match Source::read(&self.options.corefile, self.options.metrics) {
             Ok(source) if !told && source.same_text(&old.source) => return,
             Ok(source) => Arc::new(source),
             Err(e) => return self.kept(&e),

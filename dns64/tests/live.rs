@@ -98,7 +98,7 @@ impl KunDns {
     fn command(dir: &Path) -> Command {
         fs::create_dir_all(dir.join("manifests")).unwrap();
         let config = format!(
-            "node: {{name: n1}}\ncluster: {{folder: {d}/manifests}}\nipam: {{podPrefix: \"2001:db8:1::/96\"}}\ndns: {{corefile: {d}/Corefile}}\n",
+            "node: {{name: n1}}\ncluster: {{folder: {d}/manifests}}\nipam: {{podPrefix: \"2001:db8:1::/96\"}}\ndns: {{corefile: {d}/Corefile, metrics: \"off\"}}\n",
             d = dir.display()
         );
         fs::write(dir.join("kun.yaml"), config).unwrap();
@@ -124,6 +124,29 @@ impl KunDns {
     fn wait_log(&self, text: &str) {
         let seen = wait_for(text, UP, || self.log().contains(text).then_some(()));
         seen.unwrap_or_else(|e| panic!("{e}: {}", self.log()));
+    }
+}
+
+#[test]
+fn metrics_are_served_where_kun_yaml_says_unless_the_corefile_does() {
+    let (own, metrics) = (port(), port());
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = KunDns::command(dir.path());
+    let config = dir.path().join("kun.yaml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(
+        &config,
+        text.replace("\"off\"", &format!("\"[::1]:{metrics}\"")),
+    )
+    .unwrap();
+    let corefile = dir.path().join("Corefile");
+    fs::write(&corefile, format!(".:{own} {{\nbind ::1\nerrors\n}}\n")).unwrap();
+    let _server = quiet(&mut command);
+    let said = wait_for("metrics", UP, || get(metrics, "/metrics")).unwrap();
+    assert!(said.contains("\ncoredns_"), "{said}");
+    for path in ["/healthz", "/readyz"] {
+        let said = get(metrics, path).unwrap();
+        assert!(said.starts_with("HTTP/1.1 200"), "{path}: {said}");
     }
 }
 

@@ -239,7 +239,7 @@ fn kun_dns(context: &Context, dir: &Path, upstream: Option<SocketAddr>) -> Resul
     std::fs::write(
         &config,
         format!(
-            "node: {{name: bench}}\ncluster: {{folder: {}}}\nipam: {{podPrefix: \"2001:db8:1::/96\"}}\ndns: {{corefile: {}}}\n",
+            "node: {{name: bench}}\ncluster: {{folder: {}}}\nipam: {{podPrefix: \"2001:db8:1::/96\"}}\ndns: {{corefile: {}, metrics: \"off\"}}\n",
             manifests.display(),
             corefile.display()
         ),
