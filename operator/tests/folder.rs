@@ -50,7 +50,7 @@ fn snapshot(folder: &Path) -> Store {
                 .into_iter()
                 .for_each(|delta| drop(store.apply(delta))),
             Event::Synced => return store,
-            Event::Trouble(trouble) => panic!("{trouble}"),
+            trouble @ (Event::Trouble(_) | Event::Partial | Event::Whole) => panic!("{trouble:?}"),
         }
     }
 }
