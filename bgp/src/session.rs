@@ -360,6 +360,8 @@ struct Talk<'a> {
     peer_restarts_gracefully: bool,
     sent: Arc<RouteSet>,
     dirty: bool,
+    /// Families whose routes the peer wants again: each once, however often it asks before it takes them.
+    again: Vec<Afi>,
     end_of_rib_due: bool,
     was_established: bool,
     stop: Option<StopMode>,
@@ -384,6 +386,7 @@ impl<'a> Talk<'a> {
             peer_restarts_gracefully: false,
             sent: Arc::new(RouteSet::default()),
             dirty: false,
+            again: Vec::new(),
             end_of_rib_due: false,
             was_established: false,
             stop: None,
@@ -480,8 +483,10 @@ impl<'a> Talk<'a> {
                 Message::RouteRefresh(refresh) => {
                     if refresh.subtype() == RouteRefreshSubtype::Normal
                         && let (Some(afi), Some(Safi::Unicast)) = (refresh.afi(), refresh.safi())
+                        && matches!(afi, Afi::Ipv4 | Afi::Ipv6)
+                        && !self.again.contains(&afi)
                     {
-                        self.resend(afi);
+                        self.again.push(afi);
                     }
                     // RFC 4271 §8.2.2 knows no ROUTE-REFRESH; for the hold timer it is as good as a KEEPALIVE.
                     self.event(Event::KeepaliveReceived);
@@ -539,13 +544,18 @@ impl<'a> Talk<'a> {
             announce: self.sent.routes().filter(of_family).cloned().collect(),
             withdraw: Vec::new(),
         };
-        let was_empty = self.out.is_empty();
         let done = context.updates(&delta, &mut self.out);
-        self.queued(was_empty, done);
+        self.queued(true, done);
     }
 
-    /// Encodes the difference to the route set that is wanted now, when the last one has left.
+    /// Encodes, when all that was before has left, what the peer asked for again, or the difference to the route set that is wanted
+    /// now.
     fn refill(&mut self) {
+        while self.out.is_empty()
+            && let Some(afi) = self.again.pop()
+        {
+            self.resend(afi);
+        }
         if !self.dirty || !self.out.is_empty() {
             return;
         }

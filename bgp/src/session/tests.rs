@@ -290,3 +290,24 @@ fn a_route_refresh_is_answered_with_every_route() {
         }
     }
 }
+
+/// A peer that asks and asks without reading makes nobody write its table as often.
+#[test]
+fn a_flood_of_route_refreshes_is_answered_together() {
+    let bench = Bench::new();
+    let mut peer = bench.established();
+    let refresh = [&[0xff; 16][..], &[0, 23, 5, 0, 1, 0, 1]].concat();
+    let mut flood = refresh.repeat(1000);
+    // An OPEN has no place here: it ends the session, and with it the answers.
+    flood.extend_from_slice(&encode_message(&Message::Open(open())).unwrap());
+    peer.stream.write_all(&flood).unwrap();
+    let mut answers = 0;
+    loop {
+        match peer.read() {
+            Message::Update(_) => answers += 1,
+            Message::Notification(_) => break,
+            _ => {}
+        }
+    }
+    assert!(answers < 100, "{answers} times the table");
+}
