@@ -28,6 +28,10 @@ const MAX_IN_FLIGHT: usize = 4096;
 /// Clients on one question: what comes beyond has a forged source more likely than not.
 const MAX_WAITERS: usize = 512;
 
+/// Clients that wait in all, each with its query: some 20 MB. Upstream has five seconds for each, so this is 6,500 misses a second of
+/// an upstream that is dead.
+const MAX_WAITING: usize = 32_768;
+
 /// How an answer reaches its client.
 pub(crate) enum Reply {
     Udp(Arc<UdpSocket>, Box<Path>),
@@ -81,6 +85,22 @@ struct Flight {
     waiters: Vec<Waiter>,
 }
 
+/// Questions in flight.
+#[derive(Default)]
+struct Flights {
+    by_key: HashMap<FlightKey, Flight>,
+    /// Waiters of all of them.
+    waiting: usize,
+}
+
+impl Flights {
+    fn remove(&mut self, key: &FlightKey) -> Option<Flight> {
+        let flight = self.by_key.remove(key)?;
+        self.waiting -= flight.waiters.len();
+        Some(flight)
+    }
+}
+
 enum Done {
     Outcome(FlightKey, Outcome),
     /// `max_concurrent` are in flight.
@@ -90,7 +110,7 @@ enum Done {
 /// Runs until the queue closes.
 pub(crate) async fn run(shared: Arc<Shared>, mut queue: mpsc::Receiver<Submit>) {
     let counters = shared.metrics.thread();
-    let mut flights: HashMap<FlightKey, Flight> = HashMap::new();
+    let mut flights = Flights::default();
     let mut tasks: JoinSet<Done> = JoinSet::new();
     loop {
         tokio::select! {
@@ -113,7 +133,7 @@ pub(crate) async fn run(shared: Arc<Shared>, mut queue: mpsc::Receiver<Submit>) 
 fn take(
     shared: &Arc<Shared>,
     counters: &Counters,
-    flights: &mut HashMap<FlightKey, Flight>,
+    flights: &mut Flights,
     tasks: &mut JoinSet<Done>,
     submit: Submit,
 ) {
@@ -123,15 +143,19 @@ fn take(
         waiter,
     } = submit;
     let key: FlightKey = (Arc::as_ptr(&job.chain).addr(), job.key.bytes().into());
-    if let Some(flight) = flights.get_mut(&key) {
+    let full = flights.waiting >= MAX_WAITING;
+    if let Some(flight) = flights.by_key.get_mut(&key) {
         match waiter {
-            Some(w) if flight.waiters.len() < MAX_WAITERS => flight.waiters.push(w),
+            Some(w) if flight.waiters.len() < MAX_WAITERS && !full => {
+                flight.waiters.push(w);
+                flights.waiting += 1;
+            }
             Some(w) => refuse(counters, &w, rcode::SERVFAIL),
             None => {}
         }
         return;
     }
-    if flights.len() >= MAX_IN_FLIGHT {
+    if flights.by_key.len() >= MAX_IN_FLIGHT || full {
         waiter
             .iter()
             .for_each(|w| refuse(counters, w, rcode::SERVFAIL));
@@ -142,7 +166,8 @@ fn take(
     let transport = waiter.as_ref().map_or(Transport::Udp, |w| w.transport);
     let resolution = resolve(shared.clone(), loaded, job.clone(), transport, key.clone());
     let task = tasks.spawn(resolution).id();
-    flights.insert(
+    flights.waiting += usize::from(waiter.is_some());
+    flights.by_key.insert(
         key,
         Flight {
             job,
@@ -153,8 +178,10 @@ fn take(
 }
 
 /// Ends the flight of a task that is gone without an outcome: its clients hear that it failed, the next one asks anew.
-fn abandon(counters: &Counters, flights: &mut HashMap<FlightKey, Flight>, task: task::Id) {
-    for (_, flight) in flights.extract_if(|_, flight| flight.task == task) {
+fn abandon(counters: &Counters, flights: &mut Flights, task: task::Id) {
+    let key = flights.by_key.iter().find(|(_, f)| f.task == task);
+    let key = key.map(|(key, _)| key.clone());
+    if let Some(flight) = key.and_then(|key| flights.remove(&key)) {
         let waiters = flight.waiters.iter();
         waiters.for_each(|w| refuse(counters, w, rcode::SERVFAIL));
     }
@@ -192,12 +219,7 @@ async fn resolve(
     }
 }
 
-fn finish(
-    shared: &Shared,
-    counters: &Counters,
-    flights: &mut HashMap<FlightKey, Flight>,
-    done: Done,
-) {
+fn finish(shared: &Shared, counters: &Counters, flights: &mut Flights, done: Done) {
     let (key, outcome) = match done {
         Done::Outcome(key, outcome) => (key, Some(outcome)),
         Done::Limit(key) => (key, None),
@@ -256,5 +278,73 @@ fn send(reply: &Reply, answer: &[u8]) {
     match reply {
         Reply::Udp(socket, path) => drop(sys::send(socket, path, answer)),
         Reply::Tcp(sender) => drop(sender.try_send(answer.to_vec())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use kun_dns_core::ClusterView;
+    use kun_dns_core::chain::Handled;
+
+    use super::*;
+    use crate::load::Source;
+
+    #[tokio::test]
+    async fn a_resolution_that_breaks_off_leaves_nothing_in_flight() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("Corefile");
+        std::fs::write(&path, ".:53 {\n forward . 127.0.0.1:1\n}\n").unwrap();
+        let source = Arc::new(Source::read(&path).unwrap());
+        let loaded = Arc::new(Loaded::new(source, None, &ClusterView::default()).unwrap());
+        let again = Loaded::new(loaded.source.clone(), None, &ClusterView::default()).unwrap();
+        let shared = Arc::new(Shared {
+            loaded: ArcSwap::from_pointee(again),
+            metrics: Metrics::default(),
+            epoch: Instant::now(),
+            jobs: mpsc::channel(1).0,
+            looped: AtomicBool::new(false),
+            looped_notify: tokio::sync::Notify::new(),
+        });
+        let counters = shared.metrics.thread();
+        let client = SocketAddr::from(([127, 0, 0, 1], 4000));
+        let query = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x01a\x01b\0\0\x01\0\x01".to_vec();
+        let (mut flights, mut tasks) = (Flights::default(), JoinSet::new());
+        let (sender, mut answers) = mpsc::channel(2);
+        for _ in 0..2 {
+            let (udp, mut out) = (Transport::Udp, Vec::new());
+            let world = &loaded.world;
+            let Handled::Resolve(job) =
+                world.handle(0, &query, udp, client, Duration::ZERO, 0, &mut out)
+            else {
+                panic!("nothing but upstream knows it")
+            };
+            let waiter = Some(Waiter {
+                query: query.clone(),
+                transport: udp,
+                client,
+                received: Instant::now(),
+                reply: Reply::Tcp(sender.clone()),
+            });
+            let loaded = loaded.clone();
+            let submit = Submit {
+                loaded,
+                job,
+                waiter,
+            };
+            take(&shared, &counters, &mut flights, &mut tasks, submit);
+        }
+        assert_eq!(
+            (flights.by_key.len(), flights.waiting, tasks.len()),
+            (1, 2, 1)
+        );
+        tasks.abort_all();
+        let broken = tasks.join_next().await.unwrap().err().unwrap();
+        abandon(&counters, &mut flights, broken.id());
+        assert_eq!((flights.by_key.len(), flights.waiting), (0, 0));
+        for _ in 0..2 {
+            assert_eq!(answers.try_recv().unwrap()[3] & 15, rcode::SERVFAIL);
+        }
     }
 }

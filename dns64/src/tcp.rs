@@ -25,6 +25,9 @@ const IDLE: Duration = Duration::from_secs(10);
 /// Answers not yet taken by a client, per connection; a client that pipelines more loses what is beyond.
 const MAX_PIPELINED: usize = 128;
 
+/// Longest request, as over UDP: it is kept while upstream is asked.
+const MAX_REQUEST: usize = 2048;
+
 /// Serves until dropped.
 pub(crate) async fn serve(shared: Arc<Shared>, listener: TcpListener, listen: Listen) {
     let counters = shared.metrics.thread();
@@ -82,6 +85,14 @@ async fn connection(
         counters.request(Transport::Tcp);
         let now = received.duration_since(shared.epoch);
         let seed = u64::from_ne_bytes(crate::sys::random());
+        if wire.len() > MAX_REQUEST {
+            reject(&wire, rcode::FORMERR, &mut out);
+            counters.answer(&out, None);
+            if sender.try_send(out.clone()).is_err() {
+                break;
+            }
+            continue;
+        }
         let (answered, job) =
             match loaded
                 .world
