@@ -107,6 +107,11 @@ impl Operator {
     pub fn run(&mut self, health: &Health) -> Result<(), RunError> {
         self.once()?;
         health.set_ready(true);
+        tracing::info!(
+            blocks = self.counted.blocks.get(),
+            services = self.counted.addresses.get(),
+            "the operator runs"
+        );
         loop {
             if let Event::Deltas(_) = self.take_event() {
                 self.settle()?;

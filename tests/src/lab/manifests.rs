@@ -272,7 +272,11 @@ fn name_of(document: &Value) -> String {
             .unwrap_or("?")
             .to_owned()
     };
-    format!("{} {}", word("/kind"), word("/metadata/name"))
+    if document.is_object() {
+        format!("{} {}", word("/kind"), word("/metadata/name"))
+    } else {
+        "a document that is no mapping".to_owned()
+    }
 }
 
 fn take(document: Value, application: &mut Application) -> Result<()> {
