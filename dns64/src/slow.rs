@@ -296,7 +296,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("Corefile");
         std::fs::write(&path, ".:53 {\n forward . 127.0.0.1:1\n}\n").unwrap();
-        let source = Arc::new(Source::read(&path).unwrap());
+        let source = Arc::new(Source::read(&path, None).unwrap());
         let loaded = Arc::new(Loaded::new(source, None, &ClusterView::default()).unwrap());
         let again = Loaded::new(loaded.source.clone(), None, &ClusterView::default()).unwrap();
         let shared = Arc::new(Shared {
