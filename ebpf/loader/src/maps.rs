@@ -261,7 +261,7 @@ impl ServiceMaps {
         Ok(base as usize..end)
     }
 
-    /// Writes an extent that no published view holds.
+    /// Writes an extent. Readers of a published one see each slot's old or new content.
     pub fn write_slots(&mut self, base: u32, ids: &[u32]) -> Result<(), Error> {
         let range = self.slot_range(base, ids.len())?;
         for (word, id) in self.slots.words32()[range].iter().zip(ids) {

@@ -145,7 +145,8 @@ impl Planner {
         dead
     }
 
-    /// Publishes one view where its members or its method changed; `false`: no room for the slots, the old set stays.
+    /// Publishes one view where its members or its method changed; `false`: no room for the slots, the old table stays
+    /// and leads to as many of the new members as it holds.
     fn publish(
         &mut self,
         id: u32,
@@ -167,7 +168,17 @@ impl Planner {
             0 => None,
             _ => match self.extents.take(count) {
                 Some(extent) => Some(extent),
-                None => return false,
+                None => {
+                    // What is gone must leave all the same: its record will be another's. Each slot is one store.
+                    if let Some(extent) = held.extent {
+                        let ids = entries.iter().map(|e| e.id).cycle();
+                        steps.slots.push(Op::Slots {
+                            base: extent.base,
+                            ids: ids.take(held.view.count.into()).collect(),
+                        });
+                    }
+                    return false;
+                }
             },
         };
         let epoch = &mut self.epochs[id as usize][index];

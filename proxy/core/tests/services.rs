@@ -448,3 +448,50 @@ fn why_names_service_view_backend_endpoint_and_pod() {
     let why = world.planner.why(&question(VIP, 80));
     assert_eq!(why.last().unwrap().what, "drop");
 }
+
+/// Slots have run out: a Service whose endpoints changed keeps its table's size, but never a backend that is gone, whose record
+/// may be another Service's by then.
+#[test]
+fn without_room_for_slots_the_old_ones_lead_to_the_new_endpoints() {
+    let mut world = World::with(Limits {
+        services: 16,
+        backends: 8,
+        slots: 4,
+    });
+    let plain = |name: &str, vip: &str| Service {
+        kind: ServiceType::ClusterIp,
+        cluster_ips: vec![a(vip)],
+        load_balancer_ips: Vec::new(),
+        ..service(name)
+    };
+    let slices = |of: &str, hosts: &[u8]| {
+        let endpoints = hosts
+            .iter()
+            .map(|i| endpoint(&format!("10.0.0.{i}"), READY, "there"))
+            .collect();
+        let mut slice = slice(&format!("{of}-x"), 8080, endpoints);
+        slice.service = ObjectName::new("default", of);
+        vec![slice]
+    };
+    let web = plain("web", VIP);
+    let other = plain("other", "10.96.0.2");
+    world.set(web.clone(), slices("web", &[1, 2]));
+    world.set(other.clone(), slices("other", &[11, 12]));
+    assert_eq!(world.planner.problems().count(), 0);
+    world.set(web.clone(), slices("web", &[3, 4]));
+    let problem = world.planner.problems().next().unwrap().1.to_string();
+    assert!(problem.contains("proxy.maxSlots is 4"), "{problem}");
+    assert_eq!(
+        world.seen(VIP, false),
+        set(&["10.0.0.3:8080", "10.0.0.4:8080"])
+    );
+    // The other takes the records that are free now.
+    world.set(other, slices("other", &[11, 12, 13, 14]));
+    assert_eq!(
+        world.seen(VIP, false),
+        set(&["10.0.0.3:8080", "10.0.0.4:8080"])
+    );
+    world.model.check().unwrap();
+    world.set(web, slices("web", &[5]));
+    assert_eq!(world.seen(VIP, false), set(&["10.0.0.5:8080"]));
+}
