@@ -48,6 +48,9 @@ const EBPF_CASES: u32 = 100;
 /// All of them take a minute or two of two idle CPUs. Longer than this, something hangs.
 const EBPF_TESTS_WITHIN: Duration = Duration::from_secs(600);
 
+/// Counting takes half a minute.
+const COUNT_WITHIN: Duration = Duration::from_secs(300);
+
 /// Exit status of a command that outlived `--timeout`, as timeout(1) has it.
 const TIMED_OUT: u8 = 124;
 
@@ -103,6 +106,8 @@ struct Run<'a> {
     memory: u32,
     timeout: Duration,
     command: &'a [String],
+    /// Where its output goes instead of stdout; QEMU alone.
+    output: Option<&'a Path>,
     cache: PathBuf,
 }
 
@@ -124,6 +129,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         memory: arguments.memory,
         timeout: Duration::from_secs(arguments.timeout),
         command: &arguments.command,
+        output: None,
         cache: cache()?,
     };
     run.go().map(ExitCode::from)
@@ -189,6 +195,7 @@ pub(crate) fn ebpf_tests(kernel: Kernel) -> Result<u32> {
         memory: 1536,
         timeout: EBPF_TESTS_WITHIN,
         command: &command,
+        output: None,
         cache: cache()?,
     };
     let status = run.go()?;
@@ -197,6 +204,30 @@ pub(crate) fn ebpf_tests(kernel: Kernel) -> Result<u32> {
         "vm: packet tests failed under {kernel:?} (status {status})"
     );
     Ok(tests)
+}
+
+/// Runs a command under 6.1 where the clock counts instructions; what it says goes to a file.
+pub(crate) fn count_instructions(command: &[String], output: &Path) -> Result<()> {
+    let run = Run {
+        kernel: Kernel::V6_1,
+        count_instructions: true,
+        modules: &[],
+        writable: None,
+        memory: 1536,
+        timeout: COUNT_WITHIN,
+        command,
+        output: Some(output),
+        cache: cache()?,
+    };
+    let status = run.go()?;
+    let said = || std::fs::read_to_string(output).unwrap_or_default();
+    ensure!(
+        status == 0,
+        "vm: {} (status {status}): {}",
+        command.join(" "),
+        said().trim()
+    );
+    Ok(())
 }
 
 /// How many tests a command line would run; a name in it that is no test's is an error, not nothing.

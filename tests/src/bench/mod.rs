@@ -4,6 +4,7 @@
 pub mod bgp;
 pub mod cluster;
 pub mod cni;
+pub mod counts;
 pub mod dns;
 pub mod ebpf;
 pub mod nat64;
@@ -12,10 +13,10 @@ pub mod proxy;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// One figure.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// `part/what`, the same in every run.
     pub name: String,

@@ -1,11 +1,12 @@
 //! `kun-bench [PART] [--output json]`: runs the parts, prints a table for people or the rows as JSON.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_BORDERS_ONLY};
-use kun_tests::bench::{Context, PARTS, Row};
+use kun_tests::bench::{Context, PARTS, Row, counts};
 
 /// Measures kun on this machine.
 #[derive(Parser)]
@@ -15,6 +16,12 @@ struct Arguments {
     /// `table` or `json`.
     #[arg(long, default_value = "table", value_parser = ["table", "json"])]
     output: String,
+    /// Count instructions instead: for a guest whose clock advances one nanosecond an instruction.
+    #[arg(long)]
+    instructions: bool,
+    /// Rows measured elsewhere, as JSON, that belong to the result.
+    #[arg(long)]
+    rows: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -38,11 +45,17 @@ fn measure(arguments: &Arguments) -> Result<bool> {
             names.join(", ")
         );
     }
-    let context = Context::new()?;
+    let wanted = |name: &str| arguments.part.as_deref().is_none_or(|only| only == name);
+    if arguments.instructions {
+        let rows = counts::run(wanted)?;
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+        return Ok(true);
+    }
     let mut rows = Vec::new();
+    let context = Context::new()?;
     let mut all_ran = true;
     for (name, run) in PARTS {
-        if arguments.part.as_deref().is_some_and(|only| only != *name) {
+        if !wanted(name) {
             continue;
         }
         eprintln!("{name} …");
@@ -53,6 +66,12 @@ fn measure(arguments: &Arguments) -> Result<bool> {
                 eprintln!("{name}: {e:#}");
             }
         }
+    }
+    if let Some(file) = &arguments.rows {
+        let text = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
+        let more: Vec<Row> =
+            serde_json::from_slice(&text).with_context(|| file.display().to_string())?;
+        rows.extend(more);
     }
     if arguments.output == "json" {
         println!("{}", serde_json::to_string_pretty(&rows)?);

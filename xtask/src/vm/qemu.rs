@@ -89,13 +89,10 @@ pub(super) fn run(run: &Run<'_>, kernel: &Kernel) -> Result<u8> {
     for share in &shares {
         qemu.args(share.arguments());
     }
-    // The output port is this process's pipe; the status port is a file.
-    qemu.args([
-        "-device",
-        "virtio-serial-pci",
-        "-chardev",
-        "file,id=output,path=/dev/stdout",
-    ]);
+    // The output port is this process's pipe, unless the caller has a file for it; the status port is a file.
+    qemu.args(["-device", "virtio-serial-pci", "-chardev"]);
+    let output = run.output.unwrap_or(Path::new("/dev/stdout"));
+    qemu.arg(format!("file,id=output,path={}", output.display()));
     qemu.args(["-device", "virtserialport,chardev=output,name=output"]);
     qemu.arg("-chardev")
         .arg(format!("file,id=status,path={}", status.display()));
