@@ -331,6 +331,14 @@ fn what_is_wrong_at_start_is_one_clear_line() {
     let address = held.local_addr().unwrap().to_string();
     node.configure(|config| config["agent"]["metrics"] = address.clone().into());
     one_line(&node.run_agent(&[]), &address);
+    // An agent that never ran leaves nothing behind.
+    node.configure(|_| {});
+    node.run_agent(&["--cleanup"]);
+    for (section, key) in [("proxy", "cgroupRoot"), ("cluster", "folder")] {
+        node.configure(|config| config[section][key] = "/proc/none".into());
+        one_line(&node.run_agent(&[]), "/proc/none");
+        assert_eq!(node.pins(), 0, "{section}.{key}");
+    }
     node.configure(|_| {});
     node.spawn();
 }

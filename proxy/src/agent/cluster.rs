@@ -62,6 +62,14 @@ impl View {
     }
 }
 
+/// Whether the configured source is there, before anything is changed on this node.
+pub(crate) fn check(config: &Config) -> Result<(), SourceError> {
+    match &config.cluster {
+        ClusterSource::Folder(path) => Ok(drop(FolderSource::open(path)?)),
+        ClusterSource::Kubernetes { .. } => Err(SourceError::NoApi),
+    }
+}
+
 /// Follows the configured source until the returned handle is dropped.
 pub(crate) fn follow(
     config: &Config,

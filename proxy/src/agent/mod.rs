@@ -24,7 +24,7 @@ use kun_cni::ipam::{IpamError, IpamService};
 use kun_config::Config;
 use kun_config::types::SlotClass;
 use kun_control::Fact;
-use kun_ebpf_loader::{Error as EbpfError, Nat64Error};
+use kun_ebpf_loader::{Adopted, Error as EbpfError, Nat64Error};
 use kun_proxy::{EbpfBackend, Proxy};
 use kun_proxy_core::Here;
 use kun_telemetry::{Health, LoadError, LogsError, ServeError};
@@ -169,6 +169,7 @@ pub(crate) fn run(path: &Path) -> Result<(), AgentError> {
         clock::boot()?,
         clock::now(),
     )?);
+    cluster::check(&config)?;
     node::forward(&node::uplinks(config.node.uplink.as_deref()))?;
 
     let (facts, facts_seen) = watch::channel(Facts::default());
@@ -237,7 +238,29 @@ fn open_dataplane(
     metrics: Metrics,
     facts: Arc<watch::Sender<Facts>>,
 ) -> Result<Opened, AgentError> {
-    let (mut backend, found) = EbpfBackend::open(config)?;
+    let (backend, found) = EbpfBackend::open(config)?;
+    let fresh = found.maps == 0;
+    let opened = join_dataplane(config, backend, &found, metrics, facts);
+    if opened.is_err() && fresh {
+        // Nothing stood before, so nothing stays. What is adopted goes on serving.
+        let uplinks = node::uplinks(config.node.uplink.as_deref());
+        let removed = EbpfBackend::remove(config).map_err(AgentError::from);
+        if let Err(error) =
+            removed.and_then(|()| Translator::remove(config, &uplinks).map_err(AgentError::from))
+        {
+            tracing::warn!(%error, "what was pinned just now stays; --cleanup removes it");
+        }
+    }
+    opened
+}
+
+fn join_dataplane(
+    config: &Config,
+    mut backend: EbpfBackend,
+    found: &Adopted,
+    metrics: Metrics,
+    facts: Arc<watch::Sender<Facts>>,
+) -> Result<Opened, AgentError> {
     for kept in &found.capacities {
         tracing::warn!(
             map = kept.map,
