@@ -65,7 +65,10 @@ impl View {
 /// Whether the configured source is there, before anything is changed on this node.
 pub(crate) fn check(config: &Config) -> Result<(), SourceError> {
     match &config.cluster {
-        ClusterSource::Folder(path) => Ok(drop(FolderSource::open(path)?)),
+        ClusterSource::Folder(path) => {
+            FolderSource::open(path)?;
+            Ok(())
+        }
         ClusterSource::Kubernetes { .. } => Err(SourceError::NoApi),
     }
 }
