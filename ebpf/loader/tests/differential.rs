@@ -379,6 +379,9 @@ impl Both {
     }
 }
 
+/// Without `KUN_CASES`.
+const CASES: u32 = 400;
+
 #[test]
 fn kernel_and_core_agree() {
     if !kun_harness::require_root() {
@@ -389,7 +392,7 @@ fn kernel_and_core_agree() {
     let cases = std::env::var("KUN_CASES")
         .ok()
         .and_then(|n| n.parse().ok())
-        .unwrap_or(400);
+        .unwrap_or(CASES);
     let mut runner = TestRunner::new(Config {
         cases,
         failure_persistence: None,
@@ -408,9 +411,13 @@ fn kernel_and_core_agree() {
             Ok(())
         })
         .unwrap();
-    // It must have met something: every reason that the service programs give but a full table, and flows.
+    // It must have met something: flows, and every reason that the service programs give but a full table. The rarest comes once in
+    // some dozens of cases: a run that was asked for few of them is not held to it.
     let both = both.borrow();
     assert!(met.borrow()["new flow"] > cases / 4);
+    if cases < CASES {
+        return;
+    }
     for reason in [
         Reason::NoEndpoint,
         Reason::Malformed,
