@@ -22,9 +22,8 @@ pub(crate) const PACKAGES: &[(&str, &str)] = &[
         "containernetworking-plugins",
         "the peer of the CNI bench: bridge and host-local",
     ),
-    ("iperf3", "load in scenarios"),
     ("iproute2", "setting namespaces up"),
-    ("iputils-ping", "echo probes of the lab"),
+    ("iputils-ping", "echo probes of the live tests"),
     ("nginx-light", "the web server of the lab's internet host"),
     (
         "nsd",
