@@ -12,6 +12,9 @@ use super::{MAX_DEPTH, parse_with};
 use crate::Delta;
 use crate::kubernetes::{Interner, Manifest};
 
+/// A mount is swapped once in a minute at most (the kubelet's sync); one that swaps faster than this is read again when it wakes us.
+const MAX_SWAPS: usize = 3;
+
 /// 100,000 Services with their slices in one file are 150 MB; a larger file is not a manifest.
 const MAX_FILE: u64 = 256 << 20;
 
@@ -92,7 +95,30 @@ impl Scanner {
     }
 
     /// Walks the folder and reads the files that may have changed; whether any object may have.
+    ///
+    /// A mount that is swapped (`..data`, or the root itself) while its files are read would show half of each version: then they are
+    /// read once more.
     pub(super) fn read_files(&mut self, wake: &Wake) -> bool {
+        let mut before = self.mounts();
+        let mut changed = self.read_once(wake);
+        for _ in 0..MAX_SWAPS {
+            let now = self.mounts();
+            if now == before {
+                break;
+            }
+            before = now;
+            changed |= self.read_once(wake);
+        }
+        changed
+    }
+
+    /// Where the root and its `..data` link lead now.
+    fn mounts(&self) -> [Option<PathBuf>; 2] {
+        let leads = |path: &Path| std::fs::canonicalize(path).ok();
+        [leads(&self.root), leads(&self.root.join("..data"))]
+    }
+
+    fn read_once(&mut self, wake: &Wake) -> bool {
         let mut walk = Walk::default();
         if let Err(error) = walk.enter(&self.root, 0) {
             // A root that is gone for a moment (a swap by two renames, an unmounted volume) takes nothing with it.
