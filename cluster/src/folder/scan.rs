@@ -6,11 +6,11 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::MAX_DEPTH;
 use super::merge::Merged;
 use super::watch::Wake;
-use super::{MAX_DEPTH, parse_with};
 use crate::Delta;
-use crate::kubernetes::{Interner, Manifest};
+use kun_cluster_core::{Interner, Manifest, parse_with};
 
 /// A mount is swapped once in a minute at most (the kubelet's sync); one that swaps faster than this is read again when it wakes us.
 const MAX_SWAPS: usize = 3;

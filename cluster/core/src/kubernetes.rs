@@ -6,8 +6,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use kun_config::Faults;
 use kun_config::types::{BlockId, Slot};
-use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink};
+use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents};
 
 use crate::{
     Endpoint, EndpointPort, EndpointSlice, IpFamily, IpPool, IpamBlock, Meta, Namespace, Node,
@@ -43,7 +44,7 @@ pub struct Manifest {
 
 /// Makes equal strings one allocation: ten thousand slices name the same namespace, zones and nodes.
 #[derive(Debug, Default)]
-pub(crate) struct Interner(HashSet<Arc<str>>);
+pub struct Interner(HashSet<Arc<str>>);
 
 impl Interner {
     fn get(&mut self, text: &str) -> Arc<str> {
@@ -59,10 +60,35 @@ impl Interner {
     }
 }
 
-pub(crate) struct Reader<'r> {
-    pub(crate) path: Arc<str>,
-    pub(crate) names: &'r mut Interner,
-    pub(crate) manifest: Manifest,
+struct Reader<'r> {
+    path: Arc<str>,
+    names: &'r mut Interner,
+    manifest: Manifest,
+}
+
+/// Reads one manifest from memory: what the folder would make of a file of this name and text.
+pub fn parse_manifest(file_name: &str, text: &str) -> Result<Manifest, Faults> {
+    parse_with(&mut Interner::default(), file_name, text)
+}
+
+/// The same, sharing strings with what was read before.
+pub fn parse_with(names: &mut Interner, file_name: &str, text: &str) -> Result<Manifest, Faults> {
+    let trees = documents(file_name, text).map_err(|fault| Faults(vec![fault]))?;
+    let sink = Sink::new(file_name);
+    let mut reader = Reader {
+        path: Arc::from(file_name),
+        names,
+        manifest: Manifest::default(),
+    };
+    for tree in &trees {
+        reader.document(tree, &sink);
+    }
+    let (faults, _) = sink.into_parts();
+    if faults.0.is_empty() {
+        Ok(reader.manifest)
+    } else {
+        Err(faults)
+    }
 }
 
 /// How deep a `List` may hold `List`s; kubectl writes one level.
@@ -70,7 +96,7 @@ const MAX_LISTS: usize = 4;
 
 impl Reader<'_> {
     /// Reads one document.
-    pub(crate) fn document(&mut self, tree: &Tree<'_>, sink: &Sink<'_>) {
+    fn document(&mut self, tree: &Tree<'_>, sink: &Sink<'_>) {
         self.object(Cursor::root(tree, sink), None, 0);
     }
 

@@ -1,0 +1,12 @@
+//! The cluster's objects as every program sees them: types that hold only the fields that kun reads, the one reading that makes them
+//! from a tree, whoever wrote it, and the store that joins them. Pure: no source is opened here.
+
+#![forbid(unsafe_code)]
+
+mod kubernetes;
+mod model;
+mod store;
+
+pub use kubernetes::{Interner, Manifest, ServiceAddress, parse_manifest, parse_with};
+pub use model::*;
+pub use store::Store;
