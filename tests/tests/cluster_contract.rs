@@ -12,8 +12,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use contract::rig::{self, FolderRig, Rig, ServerRig};
 use kun_cluster::{Delta, Kind, Object, ObjectName, Wanted};
-use kun_harness::skip;
-use kun_tests::control_plane::{ControlPlane, binary};
+use kun_tests::control_plane::ControlPlane;
 use kun_tests::watcher::Watcher;
 use serde_json::json;
 
@@ -70,11 +69,10 @@ fn a_folder_keeps_the_contract() {
 
 #[test]
 fn the_api_keeps_the_contract() {
-    if !binary().is_file() {
-        skip("the control plane is not built: cargo xtask peers");
+    let Some(builder) = ControlPlane::builder() else {
         return;
-    }
-    let plane = ControlPlane::start(&[]).unwrap();
+    };
+    let plane = builder.start().unwrap();
     run(&mut ServerRig::new(&plane).unwrap());
 }
 
