@@ -1,0 +1,1 @@
+//! The watch protocol of the Kubernetes API.
