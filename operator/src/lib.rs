@@ -9,5 +9,6 @@
 #![forbid(unsafe_code)]
 
 pub mod generated;
+pub mod lease;
 pub mod plan;
 pub mod run;
