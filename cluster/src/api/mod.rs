@@ -1,18 +1,26 @@
 //! The Kubernetes API as a source, and the door for what the operator writes to it.
+//!
+//! The protocol is `kun_cluster_core::watch`, which decides what to ask and what an answer means; here is a thread that asks. `kube`
+//! carries requests: kubeconfig, TLS, tokens, plugins.
 
 mod access;
 mod body;
+mod follow;
 pub mod write;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kube::config::{InClusterError, KubeconfigError};
+use tokio::sync::Notify;
 
 use access::Access;
 
-use crate::{Event, Troubles, Wanted};
+use crate::watch::{Counts, Pace};
+use crate::{Event, Kind, Troubles, Wanted};
 
 /// Why the API cannot be followed.
 #[derive(Debug, thiserror::Error)]
@@ -56,36 +64,64 @@ pub enum ApiError {
 #[derive(Debug)]
 pub struct ApiSource {
     access: Access,
+    pace: Pace,
 }
 
 impl ApiSource {
-    /// `None`: the ServiceAccount of the pod.
+    /// `None`: the ServiceAccount of the pod. Fails if that is not whole; a server that does not answer is a trouble for later.
     pub fn open(kubeconfig: Option<&Path>) -> Result<Self, ApiError> {
         let access = Access::open(kubeconfig)?;
-        Ok(Self { access })
+        Ok(Self {
+            access,
+            pace: Pace::default(),
+        })
+    }
+
+    /// In more or less of a hurry than is good for a large cluster.
+    pub fn with_pace(mut self, pace: Pace) -> Self {
+        self.access = self.access.connect_within(pace.answer_within);
+        self.pace = pace;
+        self
     }
 
     /// Follows what is wanted from a thread that hands each event to `on_event`, until that says `false` or the handle is dropped.
     pub fn spawn(
         self,
-        _wanted: Wanted,
-        _on_event: impl FnMut(Event) -> bool + Send + 'static,
+        wanted: Wanted,
+        on_event: impl FnMut(Event) -> bool + Send + 'static,
     ) -> Result<Following, ApiError> {
-        Ok(Following {
-            troubles: Troubles::default(),
-        })
+        follow::spawn(self.access, self.pace, wanted, on_event)
     }
 }
 
-/// An API server that is followed by a thread; dropped, the thread ends.
+/// An API server that is followed by a thread; dropped, the thread ends after its current event.
 #[derive(Debug)]
 pub struct Following {
+    stop: Arc<Notify>,
     troubles: Troubles,
+    counts: Arc<Mutex<Vec<(Kind, Counts)>>>,
+    // Not joined: `on_event` may be blocked in a full channel whose reader is the one who drops this.
+    _thread: JoinHandle<()>,
 }
 
 impl Following {
     /// What is wrong now.
     pub fn troubles(&self) -> Troubles {
         self.troubles.clone()
+    }
+
+    /// What the watches have been through, by kind.
+    pub fn counts(&self) -> Vec<(Kind, Counts)> {
+        self.counts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        // Kept for a thread that is not waiting just now.
+        self.stop.notify_one();
     }
 }
