@@ -176,15 +176,26 @@ mod tests {
     #[derive(Debug, Clone)]
     enum Move {
         /// A candidate looks, and writes what comes of it; the write arrives so much later, or its answer is lost.
-        Turn { who: usize, slow: u64, answered: bool },
+        Turn {
+            who: usize,
+            slow: u64,
+            answered: bool,
+        },
         /// Time passes.
         Pass(u64),
     }
 
     fn moves() -> impl Strategy<Value = Vec<Move>> {
-        let turn = (0..3_usize, 0..4_u64, any::<bool>())
-            .prop_map(|(who, slow, answered)| Move::Turn { who, slow, answered });
-        prop::collection::vec(prop_oneof![3 => turn, 1 => (0..20_u64).prop_map(Move::Pass)], 1..200)
+        let turn =
+            (0..3_usize, 0..4_u64, any::<bool>()).prop_map(|(who, slow, answered)| Move::Turn {
+                who,
+                slow,
+                answered,
+            });
+        prop::collection::vec(
+            prop_oneof![3 => turn, 1 => (0..20_u64).prop_map(Move::Pass)],
+            1..200,
+        )
     }
 
     proptest! {
