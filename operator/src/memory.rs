@@ -38,6 +38,17 @@ impl Memory for Generated {
     }
 
     fn keep(&mut self, _store: &mut Store, plan: &Plan) -> Result<Kept, GeneratedError> {
+        let before = self.assignments();
+        for (block, owner) in &plan.assignments.blocks {
+            if !before.blocks.contains_key(block) {
+                tracing::info!(%block, node = %owner, "block assigned");
+            }
+        }
+        for (service, addresses) in &plan.assignments.addresses {
+            if before.addresses.get(service) != Some(addresses) {
+                tracing::info!(%service, ?addresses, "virtual addresses assigned");
+            }
+        }
         self.write(&plan.assignments)?;
         Ok(Kept::Whole)
     }
