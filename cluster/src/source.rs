@@ -57,7 +57,7 @@ impl Wanted {
             Some(Scope::All) => true,
             Some(Scope::Node(node)) => match object {
                 Object::Pod(pod) => pod.node.as_ref() == Some(node),
-                Object::IpamBlock(block) => block.node == *node,
+                Object::IpamBlock(block) => block.node() == node,
                 Object::Node(own) => own.meta.name.name == *node,
                 // A kind that has no node: all of it.
                 _ => true,

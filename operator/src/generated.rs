@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use kun_cluster::crd::block_name;
 use kun_cluster::folder::parse_manifest;
 use kun_cluster::{Object, ObjectName};
 use kun_config::Faults;
@@ -136,7 +137,7 @@ fn read(path: &Path, held: &mut Assignments) -> Result<(), GeneratedError> {
         let Object::IpamBlock(block) = object else {
             return Err(GeneratedError::Foreign(path.to_owned()));
         };
-        held.blocks.insert(block.block, Arc::clone(&block.node));
+        held.blocks.insert(block.block(), Arc::clone(block.node()));
     }
     for address in manifest.addresses {
         held.addresses.insert(address.meta.name, address.addresses);
@@ -155,12 +156,11 @@ fn quoted(text: &str) -> serde_json::Value {
 fn blocks_text(blocks: &BTreeMap<BlockId, Arc<str>>) -> String {
     let mut text = HEAD.to_owned();
     for (block, node) in blocks {
-        let first = block.first();
-        let name = first.to_string().replace('.', "-");
+        let (first, name) = (block.first(), block_name(*block));
         // Writing to a String cannot fail.
         let _ = write!(
             text,
-            "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata:\n  name: block-{name}\nspec:\n  first: {first}\n  node: {}\n",
+            "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata:\n  name: {name}\nspec:\n  first: {first}\n  node: {}\n",
             quoted(node)
         );
     }

@@ -36,11 +36,12 @@ pub struct Pools {
 impl Pools {
     /// From the IPPool objects; a class of slots that none of them has comes from `kun.yaml`.
     pub fn of(store: &Store, ipam: &Ipam) -> Self {
-        let is_shadow = |net: &Ipv4Net| Slot::from(net.network()).class() == SlotClass::V6Only;
-        let (mut v6_only, mut dual): (Vec<Ipv4Net>, Vec<Ipv4Net>) = store
-            .pools()
-            .flat_map(|pool| pool.pods.iter().copied())
-            .partition(is_shadow);
+        let ranges = |class| {
+            let ranges = store.pools().flat_map(|pool| &pool.spec.pods);
+            let ranges = ranges.filter(move |range| range.class() == class);
+            ranges.map(|range| ***range).collect::<Vec<Ipv4Net>>()
+        };
+        let (mut dual, mut v6_only) = (ranges(SlotClass::Dual), ranges(SlotClass::V6Only));
         if dual.is_empty() {
             dual.clone_from(&ipam.v4_pools);
         }
@@ -48,8 +49,9 @@ impl Pools {
             v6_only.push(ipam.v6_only_pool);
         }
         let services = store.pools().flat_map(|pool| {
-            let v4 = pool.services_v4.iter().map(|net| IpNet::V4(*net));
-            v4.chain(pool.services_v6.iter().map(|net| IpNet::V6(*net)))
+            let ranges = &pool.spec.services;
+            let v4 = ranges.v4.iter().map(|net| IpNet::V4(net.0));
+            v4.chain(ranges.v6.iter().map(|net| IpNet::V6(net.0)))
         });
         Self {
             dual,
@@ -185,11 +187,11 @@ fn plan_blocks(
     let mut owners = before.clone();
     for block in store.blocks() {
         let owner = owners
-            .entry(block.block)
-            .or_insert_with(|| Arc::clone(&block.node));
-        if *owner != block.node {
-            let nodes = [Arc::clone(owner), Arc::clone(&block.node)];
-            let block = block.block;
+            .entry(block.block())
+            .or_insert_with(|| Arc::clone(block.node()));
+        if owner != block.node() {
+            let nodes = [Arc::clone(owner), Arc::clone(block.node())];
+            let block = block.block();
             shortages.insert(Shortage::Conflict { block, nodes });
         }
     }

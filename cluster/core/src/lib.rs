@@ -3,10 +3,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod crd;
 mod kubernetes;
 mod model;
 mod store;
 
+pub use crd::{IpPool, IpamBlock};
 pub use kubernetes::{Interner, Manifest, ServiceAddress, parse_manifest, parse_with};
 pub use model::*;
 pub use store::Store;
