@@ -8,7 +8,10 @@ mod kubernetes;
 mod model;
 mod store;
 
-pub use crd::{IpPool, IpamBlock};
+pub use crd::{
+    BgpAdvertisement, BgpPeer, BgpRouteAffinity, BgpSession, BrakeOverride, IpPool, IpamBlock,
+    KunService,
+};
 pub use kubernetes::{Interner, Manifest, ServiceAddress, parse_manifest, parse_with};
 pub use model::*;
 pub use store::Store;

@@ -5,7 +5,10 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use crate::crd::{IpPool, IpamBlock};
+use crate::crd::{
+    BgpAdvertisement, BgpPeer, BgpRouteAffinity, BgpSession, BrakeOverride, IpPool, IpamBlock,
+    KunService,
+};
 
 /// namespace/name; cluster-scoped objects have an empty namespace.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -282,6 +285,12 @@ pub enum Object {
     Namespace(Arc<Namespace>),
     IpPool(Arc<IpPool>),
     IpamBlock(Arc<IpamBlock>),
+    BgpPeer(Arc<BgpPeer>),
+    BgpAdvertisement(Arc<BgpAdvertisement>),
+    BgpRouteAffinity(Arc<BgpRouteAffinity>),
+    BgpSession(Arc<BgpSession>),
+    KunService(Arc<KunService>),
+    BrakeOverride(Arc<BrakeOverride>),
 }
 
 /// Kind of an object.
@@ -295,6 +304,12 @@ pub enum Kind {
     Namespace,
     IpPool,
     IpamBlock,
+    BgpPeer,
+    BgpAdvertisement,
+    BgpRouteAffinity,
+    BgpSession,
+    KunService,
+    BrakeOverride,
 }
 
 impl Kind {
@@ -308,6 +323,12 @@ impl Kind {
             Kind::Namespace => "Namespace",
             Kind::IpPool => "IPPool",
             Kind::IpamBlock => "IPAMBlock",
+            Kind::BgpPeer => "BGPPeer",
+            Kind::BgpAdvertisement => "BGPAdvertisement",
+            Kind::BgpRouteAffinity => "BGPRouteAffinity",
+            Kind::BgpSession => "BGPSession",
+            Kind::KunService => "KunService",
+            Kind::BrakeOverride => "BrakeOverride",
         }
     }
 }
@@ -323,6 +344,12 @@ impl Object {
             Object::Namespace(o) => &o.meta,
             Object::IpPool(o) => &o.meta,
             Object::IpamBlock(o) => &o.meta,
+            Object::BgpPeer(o) => &o.meta,
+            Object::BgpAdvertisement(o) => &o.meta,
+            Object::BgpRouteAffinity(o) => &o.meta,
+            Object::BgpSession(o) => &o.meta,
+            Object::KunService(o) => &o.meta,
+            Object::BrakeOverride(o) => &o.meta,
         }
     }
 
@@ -341,6 +368,12 @@ impl Object {
             Object::Namespace(_) => Kind::Namespace,
             Object::IpPool(_) => Kind::IpPool,
             Object::IpamBlock(_) => Kind::IpamBlock,
+            Object::BgpPeer(_) => Kind::BgpPeer,
+            Object::BgpAdvertisement(_) => Kind::BgpAdvertisement,
+            Object::BgpRouteAffinity(_) => Kind::BgpRouteAffinity,
+            Object::BgpSession(_) => Kind::BgpSession,
+            Object::KunService(_) => Kind::KunService,
+            Object::BrakeOverride(_) => Kind::BrakeOverride,
         }
     }
 }

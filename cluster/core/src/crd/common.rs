@@ -39,7 +39,6 @@ impl From<IpFamily> for Family {
 }
 
 /// The family of an address.
-#[allow(dead_code)]
 pub(super) fn family(address: &Text<IpAddr>) -> Family {
     IpFamily::of(address.0).into()
 }
@@ -241,7 +240,14 @@ pub(super) fn one_of(there: &[bool]) -> bool {
 }
 
 /// `true`, for serde.
-#[allow(dead_code)]
 pub(super) fn yes() -> bool {
     true
+}
+
+/// A unicast address.
+pub(super) fn is_host(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(a) => !(a.is_unspecified() || a.is_multicast() || a.is_broadcast()),
+        IpAddr::V6(a) => !(a.is_unspecified() || a.is_multicast()),
+    }
 }

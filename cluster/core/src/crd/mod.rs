@@ -17,19 +17,33 @@ use serde_json::{Value, json};
 
 use crate::{Kind, Meta, Object};
 
+mod bgp;
+mod bgpadvertisement;
+mod bgppeer;
+mod bgprouteaffinity;
+mod bgpsession;
+mod brakeoverride;
 mod check;
 mod common;
 mod ipamblock;
 mod ippool;
+mod kunservice;
 mod manifest;
 mod shape;
 mod text;
 mod walk;
 
+pub use bgp::*;
+pub use bgpadvertisement::*;
+pub use bgppeer::*;
+pub use bgprouteaffinity::*;
+pub use bgpsession::*;
+pub use brakeoverride::*;
 pub use check::{Broken, Checked, Rule, Step};
 pub use common::*;
 pub use ipamblock::*;
 pub use ippool::*;
+pub use kunservice::*;
 pub use text::*;
 pub use walk::Unknown;
 
@@ -53,6 +67,7 @@ static CHECKS: &[Check] = &[
     Check::of_text::<FirstSlot>(),
     Check::of_text::<PodRange>(),
     Check::of_text::<Name>(),
+    Check::of_text::<Label>(),
     Check::of_text::<InterfaceName>(),
     Check::of_text::<LabelKey>(),
     Check::of_text::<Uid>(),
@@ -61,9 +76,28 @@ static CHECKS: &[Check] = &[
     Check::of_text::<UserName>(),
     Check::of_text::<Signature>(),
     Check::of_text::<Moment>(),
+    Check::of_text::<Community>(),
+    Check::of_text::<LargeCommunity>(),
+    Check::of::<Asn>(),
     Check::of::<Requirement>(),
     Check::of::<Probe>(),
     Check::of::<IpPoolSpec>(),
+    Check::of::<BgpPeerSpec>(),
+    Check::of::<Auth>(),
+    Check::of::<Timers>(),
+    Check::of::<Ttl>(),
+    Check::of::<ImportPrefix>(),
+    Check::of::<Drain>(),
+    Check::of::<BgpAdvertisementSpec>(),
+    Check::of::<RouteSource>(),
+    Check::of::<Aggregate>(),
+    Check::of::<BgpRouteAffinitySpec>(),
+    Check::of::<KunServiceSpec>(),
+    Check::of::<Backend>(),
+    Check::of::<ExternalBackend>(),
+    Check::of::<Zone>(),
+    Check::of::<BrakeOverrideSpec>(),
+    Check::of::<BrakeScope>(),
 ];
 
 /// An object of one of kun's kinds.
@@ -227,9 +261,15 @@ impl Definition {
 }
 
 /// All kinds, by name.
-pub static DEFINITIONS: [Definition; 2] = [
+pub static DEFINITIONS: [Definition; 8] = [
+    Definition::of::<BgpAdvertisementSpec>(),
+    Definition::of::<BgpPeerSpec>(),
+    Definition::of::<BgpRouteAffinitySpec>(),
+    Definition::of::<BgpSessionSpec>(),
+    Definition::of::<BrakeOverrideSpec>(),
     Definition::of::<IpamBlockSpec>(),
     Definition::of::<IpPoolSpec>(),
+    Definition::of::<KunServiceSpec>(),
 ];
 
 /// The kind of this name.

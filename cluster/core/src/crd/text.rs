@@ -335,6 +335,16 @@ plain_text!(
 );
 
 plain_text!(
+    /// A name of one label (RFC 1123), such as a namespace's or a port's.
+    Label,
+    "a name of one label (lower-case letters, digits and `-`)",
+    "web",
+    63,
+    "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
+    |text| is_label(text, u8::is_ascii_lowercase)
+);
+
+plain_text!(
     /// The name of a Linux network interface.
     InterfaceName,
     "an interface name",
