@@ -7,12 +7,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use kun_config::Faults;
-use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents};
+use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents, nearest};
 
 use crate::crd::{self, Definition, How};
 use crate::{
-    Endpoint, EndpointPort, EndpointSlice, IpFamily, Meta, Namespace, Node, Object, ObjectName,
-    Origin, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
+    Endpoint, EndpointPort, EndpointSlice, IpFamily, KUN_GROUP, KUN_VERSION, Kind, Lease, Meta,
+    Namespace, Node, Object, ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType,
+    TrafficPolicy,
 };
 
 /// Session affinity without a timeout: three hours (core/v1 ClientIPConfig).
@@ -47,7 +48,7 @@ pub struct Manifest {
 pub struct Interner(HashSet<Arc<str>>);
 
 impl Interner {
-    fn get(&mut self, text: &str) -> Arc<str> {
+    pub(crate) fn get(&mut self, text: &str) -> Arc<str> {
         if let Some(known) = self.0.get(text) {
             return Arc::clone(known);
         }
@@ -60,8 +61,14 @@ impl Interner {
     }
 }
 
+/// Who wrote what is read.
+enum Writer {
+    File(Arc<str>),
+    Server,
+}
+
 struct Reader<'r> {
-    path: Arc<str>,
+    writer: Writer,
     names: &'r mut Interner,
     manifest: Manifest,
 }
@@ -76,7 +83,7 @@ pub fn parse_with(names: &mut Interner, file_name: &str, text: &str) -> Result<M
     let trees = documents(file_name, text).map_err(|fault| Faults(vec![fault]))?;
     let sink = Sink::new(file_name);
     let mut reader = Reader {
-        path: Arc::from(file_name),
+        writer: Writer::File(Arc::from(file_name)),
         names,
         manifest: Manifest::default(),
     };
@@ -89,6 +96,33 @@ pub fn parse_with(names: &mut Interner, file_name: &str, text: &str) -> Result<M
     } else {
         Err(faults)
     }
+}
+
+/// What came of one object of the API.
+#[derive(Debug)]
+pub struct Reading {
+    /// The object; `None` without faults: none that kun reads, such as a slice of no service.
+    pub object: Option<Object>,
+    /// What is wrong with it. Of kinds that are Kubernetes' own the API server is the judge: a value that kun does not know is
+    /// left out with the part that it makes unusable (a port, an address), and the rest is used.
+    pub faults: Faults,
+}
+
+/// Reads one object of an API answer by the same rules as a manifest; `title` names it in faults.
+pub fn read_api(names: &mut Interner, kind: Kind, title: &str, tree: &Tree<'_>) -> Reading {
+    let sink = Sink::new(title);
+    let mut reader = Reader {
+        writer: Writer::Server,
+        names,
+        manifest: Manifest::default(),
+    };
+    reader.document(tree, &sink);
+    let (mut faults, _) = sink.into_parts();
+    // An answer has no lines; a path says it all.
+    faults.0.iter_mut().for_each(|fault| fault.at = None);
+    let object = reader.manifest.objects.pop();
+    let object = object.filter(|_| faults.0.is_empty() || !crate::Resource::of(kind).is_ours());
+    Reading { object, faults }
 }
 
 /// How deep a `List` may hold `List`s; kubectl writes one level.
@@ -155,25 +189,33 @@ impl Reader<'_> {
                     .objects
                     .extend(object.map(|o| Object::Namespace(Arc::new(o))));
             }
-            (crd::GROUP, _) if version != crd::VERSION => c.fault(
+            ("coordination.k8s.io", "Lease") => {
+                let object = self.lease(&f, line).map(|o| Object::Lease(Arc::new(o)));
+                self.manifest.objects.extend(object);
+            }
+            (KUN_GROUP, _) if version != KUN_VERSION => c.fault(
                 format_args!("no version `{version}` of kun.network"),
-                format_args!("write apiVersion: {}/{}", crd::GROUP, crd::VERSION),
+                format_args!("write apiVersion: {}/{}", KUN_GROUP, KUN_VERSION),
             ),
             ("kun.network", "ServiceAddress") => {
                 let address = self.service_address(f, line);
                 self.manifest.addresses.extend(address);
             }
-            (crd::GROUP, other) => match crd::definition(other) {
+            (KUN_GROUP, other) => match crd::definition(other) {
                 Some(definition) => {
                     let object = self.custom(f, line, definition);
                     self.manifest.objects.extend(object);
                 }
                 None => {
-                    let kinds = crd::DEFINITIONS.iter().map(|d| d.kind);
+                    let kinds = crd::DEFINITIONS.iter().map(|d| d.resource.kind);
                     let kinds: Vec<&str> = kinds.chain(["ServiceAddress"]).collect();
+                    let right = match nearest(other, &kinds) {
+                        Some(kind) => format!("did you mean `{kind}`?"),
+                        None => format!("known here: {}", kinds.join(", ")),
+                    };
                     c.fault(
                         format_args!("no kind `{other}` in kun.network/v1alpha1"),
-                        format_args!("known here: {}", kinds.join(", ")),
+                        right,
                     );
                 }
             },
@@ -217,9 +259,18 @@ impl Reader<'_> {
                 .into(),
             labels,
             annotations,
-            origin: Origin::File {
-                path: Arc::clone(&self.path),
-                line,
+            origin: match &self.writer {
+                Writer::File(path) => Origin::File {
+                    path: Arc::clone(path),
+                    line,
+                },
+                Writer::Server => Origin::Api {
+                    resource_version: m
+                        .get("resourceVersion")
+                        .and_then(|c| c.text())
+                        .unwrap_or_default()
+                        .into(),
+                },
             },
         })
     }
@@ -310,7 +361,7 @@ impl Reader<'_> {
             name: self
                 .names
                 .get(f.get("name").and_then(|c| c.text()).unwrap_or_default()),
-            protocol: protocol(f),
+            protocol: protocol(f)?,
             port: port(&f.require("port", "a port has a number")?)?,
             node_port: f
                 .get("nodePort")
@@ -357,7 +408,7 @@ impl Reader<'_> {
             name: self
                 .names
                 .get(f.get("name").and_then(|c| c.text()).unwrap_or_default()),
-            protocol: protocol(f),
+            protocol: protocol(f)?,
             port: port(&f.get("port")?)?,
         })
     }
@@ -480,15 +531,49 @@ impl Reader<'_> {
         Some(pod)
     }
 
+    fn lease(&mut self, f: &Fields<'_, '_>, line: u32) -> Option<Lease> {
+        let meta = self.meta(f, line, true)?;
+        let mut lease = Lease {
+            meta,
+            holder: None,
+            duration_secs: None,
+            acquire_time: None,
+            renew_time: None,
+            transitions: 0,
+        };
+        if let Some(spec) = f.get("spec") {
+            let spec = spec.fields();
+            let text = |field| {
+                let text = spec.get(field).and_then(|c: Cursor<'_, '_>| c.text())?;
+                (!text.is_empty()).then(|| Arc::from(text))
+            };
+            lease.holder = text("holderIdentity");
+            lease.acquire_time = text("acquireTime");
+            lease.renew_time = text("renewTime");
+            let count = |field| {
+                let c: Cursor<'_, '_> = spec.get(field)?;
+                c.count(0, i32::MAX as u32)
+            };
+            lease.duration_secs = count("leaseDurationSeconds");
+            lease.transitions = count("leaseTransitions").unwrap_or_default();
+        }
+        Some(lease)
+    }
+
     fn custom(
         &mut self,
         f: Fields<'_, '_>,
         line: u32,
         definition: &'static Definition,
     ) -> Option<Object> {
-        let meta = self.meta(&f, line, definition.namespaced);
-        let object = definition.read(&f, meta?, How::FOLDER);
-        finish(f).then_some(object?)
+        let meta = self.meta(&f, line, definition.resource.namespaced);
+        match self.writer {
+            Writer::File(_) => {
+                let object = definition.read(&f, meta?, How::FOLDER);
+                finish(f).then_some(object?)
+            }
+            Writer::Server => definition.read(&f, meta?, How::API),
+        }
     }
 
     fn service_address(&mut self, f: Fields<'_, '_>, line: u32) -> Option<ServiceAddress> {
@@ -573,15 +658,17 @@ fn affinity_timeout(spec: &Fields<'_, '_>) -> u32 {
     timeout.unwrap_or(AFFINITY_DEFAULT)
 }
 
-fn protocol(f: &Fields<'_, '_>) -> Protocol {
+/// TCP where none is given; `None`: one that kun does not know, and no reason to call it TCP.
+fn protocol(f: &Fields<'_, '_>) -> Option<Protocol> {
     let choices = [
         ("TCP", Protocol::Tcp),
         ("UDP", Protocol::Udp),
         ("SCTP", Protocol::Sctp),
     ];
-    f.get("protocol")
-        .and_then(|c| c.choice(&choices))
-        .unwrap_or(Protocol::Tcp)
+    match f.get("protocol") {
+        Some(c) => c.choice(&choices),
+        None => Some(Protocol::Tcp),
+    }
 }
 
 fn port(c: &Cursor<'_, '_>) -> Option<u16> {

@@ -6,12 +6,19 @@
 pub mod crd;
 mod kubernetes;
 mod model;
+mod resource;
 mod store;
+mod wanted;
+pub mod watch;
 
 pub use crd::{
     BgpAdvertisement, BgpPeer, BgpRouteAffinity, BgpSession, BrakeOverride, IpPool, IpamBlock,
     KunService,
 };
-pub use kubernetes::{Interner, Manifest, ServiceAddress, parse_manifest, parse_with};
+pub use kubernetes::{
+    Interner, Manifest, Reading, ServiceAddress, parse_manifest, parse_with, read_api,
+};
 pub use model::*;
+pub use resource::{KUN_GROUP, KUN_VERSION, Resource};
 pub use store::Store;
+pub use wanted::{Scope, Wanted};

@@ -274,6 +274,23 @@ pub struct Namespace {
     pub meta: Meta,
 }
 
+/// A Lease (`coordination.k8s.io/v1`). Its times are the holder's clock: they are compared with each other, never with ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// Name, origin.
+    pub meta: Meta,
+    /// spec.holderIdentity
+    pub holder: Option<Arc<str>>,
+    /// spec.leaseDurationSeconds
+    pub duration_secs: Option<u32>,
+    /// spec.acquireTime, as written.
+    pub acquire_time: Option<Arc<str>>,
+    /// spec.renewTime, as written.
+    pub renew_time: Option<Arc<str>>,
+    /// spec.leaseTransitions
+    pub transitions: u32,
+}
+
 /// Any object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs, reason = "each variant is the type of its name")]
@@ -283,6 +300,7 @@ pub enum Object {
     Node(Arc<Node>),
     Pod(Arc<Pod>),
     Namespace(Arc<Namespace>),
+    Lease(Arc<Lease>),
     IpPool(Arc<IpPool>),
     IpamBlock(Arc<IpamBlock>),
     BgpPeer(Arc<BgpPeer>),
@@ -302,6 +320,7 @@ pub enum Kind {
     Node,
     Pod,
     Namespace,
+    Lease,
     IpPool,
     IpamBlock,
     BgpPeer,
@@ -310,27 +329,6 @@ pub enum Kind {
     BgpSession,
     KunService,
     BrakeOverride,
-}
-
-impl Kind {
-    /// As manifests write it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::Service => "Service",
-            Kind::EndpointSlice => "EndpointSlice",
-            Kind::Node => "Node",
-            Kind::Pod => "Pod",
-            Kind::Namespace => "Namespace",
-            Kind::IpPool => "IPPool",
-            Kind::IpamBlock => "IPAMBlock",
-            Kind::BgpPeer => "BGPPeer",
-            Kind::BgpAdvertisement => "BGPAdvertisement",
-            Kind::BgpRouteAffinity => "BGPRouteAffinity",
-            Kind::BgpSession => "BGPSession",
-            Kind::KunService => "KunService",
-            Kind::BrakeOverride => "BrakeOverride",
-        }
-    }
 }
 
 impl Object {
@@ -342,6 +340,7 @@ impl Object {
             Object::Node(o) => &o.meta,
             Object::Pod(o) => &o.meta,
             Object::Namespace(o) => &o.meta,
+            Object::Lease(o) => &o.meta,
             Object::IpPool(o) => &o.meta,
             Object::IpamBlock(o) => &o.meta,
             Object::BgpPeer(o) => &o.meta,
@@ -366,6 +365,7 @@ impl Object {
             Object::Node(_) => Kind::Node,
             Object::Pod(_) => Kind::Pod,
             Object::Namespace(_) => Kind::Namespace,
+            Object::Lease(_) => Kind::Lease,
             Object::IpPool(_) => Kind::IpPool,
             Object::IpamBlock(_) => Kind::IpamBlock,
             Object::BgpPeer(_) => Kind::BgpPeer,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::{
     BgpAdvertisement, BgpPeer, BgpRouteAffinity, BgpSession, BrakeOverride, Delta, EndpointSlice,
-    IpPool, IpamBlock, Kind, KunService, Namespace, Node, Object, ObjectName, Pod, Service,
+    IpPool, IpamBlock, Kind, KunService, Lease, Namespace, Node, Object, ObjectName, Pod, Service,
 };
 
 /// All objects. Bounded by the cluster itself.
@@ -20,6 +20,7 @@ pub struct Store {
     /// Holders of an address, the latest last: while one pod ends and the next begins there may be two.
     pods_at: HashMap<IpAddr, Vec<ObjectName>>,
     namespaces: BTreeMap<ObjectName, Arc<Namespace>>,
+    leases: BTreeMap<ObjectName, Arc<Lease>>,
     pools: BTreeMap<ObjectName, Arc<IpPool>>,
     blocks: BTreeMap<ObjectName, Arc<IpamBlock>>,
     peers: BTreeMap<ObjectName, Arc<BgpPeer>>,
@@ -76,6 +77,7 @@ impl Store {
                 before.map(Object::Pod)
             }
             Object::Namespace(o) => self.namespaces.insert(name, o).map(Object::Namespace),
+            Object::Lease(o) => self.leases.insert(name, o).map(Object::Lease),
             Object::IpPool(o) => self.pools.insert(name, o).map(Object::IpPool),
             Object::IpamBlock(o) => self.blocks.insert(name, o).map(Object::IpamBlock),
             Object::BgpPeer(o) => self.peers.insert(name, o).map(Object::BgpPeer),
@@ -108,6 +110,7 @@ impl Store {
                 Some(Object::Pod(before))
             }
             Kind::Namespace => self.namespaces.remove(name).map(Object::Namespace),
+            Kind::Lease => self.leases.remove(name).map(Object::Lease),
             Kind::IpPool => self.pools.remove(name).map(Object::IpPool),
             Kind::IpamBlock => self.blocks.remove(name).map(Object::IpamBlock),
             Kind::BgpPeer => self.peers.remove(name).map(Object::BgpPeer),
@@ -203,6 +206,16 @@ impl Store {
         self.namespaces.get(&ObjectName::new("", name))
     }
 
+    /// Leases by name.
+    pub fn leases(&self) -> impl Iterator<Item = &Arc<Lease>> {
+        self.leases.values()
+    }
+
+    /// A lease.
+    pub fn lease(&self, name: &ObjectName) -> Option<&Arc<Lease>> {
+        self.leases.get(name)
+    }
+
     /// Pools by name.
     pub fn pools(&self) -> impl Iterator<Item = &Arc<IpPool>> {
         self.pools.values()
@@ -249,13 +262,14 @@ impl Store {
     }
 
     /// How many objects of each kind.
-    pub fn counts(&self) -> [(Kind, usize); 13] {
+    pub fn counts(&self) -> [(Kind, usize); 14] {
         [
             (Kind::Service, self.services.len()),
             (Kind::EndpointSlice, self.slices.len()),
             (Kind::Node, self.nodes.len()),
             (Kind::Pod, self.pods.len()),
             (Kind::Namespace, self.namespaces.len()),
+            (Kind::Lease, self.leases.len()),
             (Kind::IpPool, self.pools.len()),
             (Kind::IpamBlock, self.blocks.len()),
             (Kind::BgpPeer, self.peers.len()),

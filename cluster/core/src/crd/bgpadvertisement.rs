@@ -10,7 +10,7 @@ use super::bgp::{Community, LargeCommunity};
 use super::check::{Checked, Rule, Step, attach};
 use super::common::{Condition, LabelSelector, Probe, one_of, yes};
 use super::text::{Name, Text};
-use super::{Column, Custom, Resource};
+use super::{Column, Custom, Spec};
 use crate::Object;
 
 /// What is announced. Where and to whom say the BGPRouteAffinity objects that select it; without one it is announced nowhere.
@@ -343,7 +343,7 @@ impl Checked for BgpAdvertisementSpec {
 /// BGPAdvertisement (`kun.network/v1alpha1`): what is announced.
 pub type BgpAdvertisement = Custom<BgpAdvertisementSpec, BgpAdvertisementStatus>;
 
-impl Resource for BgpAdvertisementSpec {
+impl Spec for BgpAdvertisementSpec {
     type Status = BgpAdvertisementStatus;
     const KIND: &'static str = "BGPAdvertisement";
     const PLURAL: &'static str = "bgpadvertisements";

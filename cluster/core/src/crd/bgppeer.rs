@@ -11,7 +11,7 @@ use super::bgp::{Asn, Community, SecretKey};
 use super::check::{Checked, Rule, Step, attach};
 use super::common::{Condition, Family, LabelSelector, is_host, yes};
 use super::text::{InterfaceName, LabelKey, Name, Text};
-use super::{Column, Custom, Resource};
+use super::{Column, Custom, Spec};
 use crate::Object;
 
 /// One router, or the routers that each node finds for itself.
@@ -537,7 +537,7 @@ impl Checked for Drain {
 /// BGPPeer (`kun.network/v1alpha1`): a router that nodes speak BGP with.
 pub type BgpPeer = Custom<BgpPeerSpec, BgpPeerStatus>;
 
-impl Resource for BgpPeerSpec {
+impl Spec for BgpPeerSpec {
     type Status = BgpPeerStatus;
     const KIND: &'static str = "BGPPeer";
     const PLURAL: &'static str = "bgppeers";

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::check::{Checked, Rule, Step, attach};
 use super::common::{Condition, LabelSelector};
 use super::text::{LabelKey, Text};
-use super::{Column, Custom, Resource};
+use super::{Column, Custom, Spec};
 use crate::Object;
 
 /// Routes that all selectors select are announced by the nodes and to the peers that all selectors select. What no affinity selects
@@ -119,7 +119,7 @@ impl Checked for BgpRouteAffinitySpec {
 /// BGPRouteAffinity (`kun.network/v1alpha1`): where and to whom advertisements go.
 pub type BgpRouteAffinity = Custom<BgpRouteAffinitySpec, BgpRouteAffinityStatus>;
 
-impl Resource for BgpRouteAffinitySpec {
+impl Spec for BgpRouteAffinitySpec {
     type Status = BgpRouteAffinityStatus;
     const KIND: &'static str = "BGPRouteAffinity";
     const PLURAL: &'static str = "bgprouteaffinities";

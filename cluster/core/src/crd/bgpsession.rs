@@ -11,7 +11,7 @@ use super::bgp::Asn;
 use super::check::{Rule, Step};
 use super::common::{Condition, Family};
 use super::text::{Moment, Name, Text};
-use super::{Column, Custom, Resource};
+use super::{Column, Custom, Spec};
 use crate::Object;
 
 /// Which session it is.
@@ -146,7 +146,7 @@ pub struct RouteDigest {
 /// BGPSession (`kun.network/v1alpha1`): a node's session with a peer, as the node sees it.
 pub type BgpSession = Custom<BgpSessionSpec, BgpSessionStatus>;
 
-impl Resource for BgpSessionSpec {
+impl Spec for BgpSessionSpec {
     type Status = BgpSessionStatus;
     const KIND: &'static str = "BGPSession";
     const PLURAL: &'static str = "bgpsessions";

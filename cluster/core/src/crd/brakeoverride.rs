@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::check::{Checked, Rule, Step, attach};
 use super::common::Condition;
 use super::text::{Label, Moment, Name, Signature, Text, UserName};
-use super::{Column, Custom, GROUP, Resource, VERSION};
-use crate::Object;
+use super::{Column, Custom, Spec};
+use crate::{KUN_GROUP, KUN_VERSION, Object};
 
 /// The longest that brakes are off: whoever needs longer needs another signature.
 const LONGEST: i64 = 24 * 3600;
@@ -120,7 +120,7 @@ impl BrakeOverrideSpec {
 
     /// The text that approvers sign: every word that decides, one a line, in one order whatever the object's.
     pub fn text_to_sign(&self, name: &str) -> String {
-        let mut text = format!("{GROUP}/{VERSION} BrakeOverride\nname {name}\n");
+        let mut text = format!("{KUN_GROUP}/{KUN_VERSION} BrakeOverride\nname {name}\n");
         let mut list = |what: &str, mut words: Vec<&str>| {
             words.sort_unstable();
             for word in words {
@@ -195,7 +195,7 @@ impl Checked for BrakeOverrideSpec {
 /// BrakeOverride (`kun.network/v1alpha1`): lets withdrawals past the brakes.
 pub type BrakeOverride = Custom<BrakeOverrideSpec, BrakeOverrideStatus>;
 
-impl Resource for BrakeOverrideSpec {
+impl Spec for BrakeOverrideSpec {
     type Status = BrakeOverrideStatus;
     const KIND: &'static str = "BrakeOverride";
     const PLURAL: &'static str = "brakeoverrides";

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use super::check::{Rule, Step};
 use super::common::Condition;
 use super::text::{FirstSlot, Name, Text, Uid};
-use super::{Column, Custom, Resource};
+use super::{Column, Custom, Spec};
 use crate::Object;
 
 /// A block and its owner.
@@ -119,7 +119,7 @@ pub fn block_name(block: BlockId) -> String {
     format!("block-{}", block.first().to_string().replace('.', "-"))
 }
 
-impl Resource for IpamBlockSpec {
+impl Spec for IpamBlockSpec {
     type Status = IpamBlockStatus;
     const KIND: &'static str = "IPAMBlock";
     const PLURAL: &'static str = "ipamblocks";

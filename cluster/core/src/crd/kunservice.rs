@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::check::{Checked, Rule, Step, attach};
 use super::common::{Condition, Family, Probe, family, is_host, one_of, yes};
 use super::text::{HostName, Label, Name, Text};
-use super::{Column, Custom, Resource};
+use super::{Column, Custom, Spec};
 use crate::Object;
 
 /// A service: its addresses and ports, and where their traffic goes.
@@ -421,7 +421,7 @@ fn is_of_link(address: IpAddr) -> bool {
 /// KunService (`kun.network/v1alpha1`): a service that says more than Kubernetes' own.
 pub type KunService = Custom<KunServiceSpec, KunServiceStatus>;
 
-impl Resource for KunServiceSpec {
+impl Spec for KunServiceSpec {
     type Status = KunServiceStatus;
     const KIND: &'static str = "KunService";
     const PLURAL: &'static str = "kunservices";

@@ -5,7 +5,8 @@ use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
 use super::check::{CHECK, VALIDATIONS, validation};
-use super::{Column, GROUP, Resource, VERSION};
+use super::{Column, Spec};
+use crate::{KUN_GROUP, KUN_VERSION};
 
 /// The schema of a type, structural, still with the names of its checks.
 pub(super) fn schema<T: JsonSchema>() -> Value {
@@ -167,7 +168,7 @@ fn column(column: &Column) -> Value {
 }
 
 /// The CustomResourceDefinition of a kind.
-pub(super) fn manifest<S: Resource>() -> Value {
+pub(super) fn manifest<S: Spec>() -> Value {
     let rules = S::RULES
         .iter()
         .map(|r| validation(r.cel, r.field, r.wrong, r.right));
@@ -187,7 +188,7 @@ pub(super) fn manifest<S: Resource>() -> Value {
         "type": "object",
         "required": ["spec"],
         "properties": {
-            "apiVersion": {"type": "string", "description": format!("{GROUP}/{VERSION}")},
+            "apiVersion": {"type": "string", "description": format!("{KUN_GROUP}/{KUN_VERSION}")},
             "kind": {"type": "string", "description": S::KIND},
             "metadata": {"type": "object"},
             "spec": committed(schema::<S>()),
@@ -198,7 +199,7 @@ pub(super) fn manifest<S: Resource>() -> Value {
         root[VALIDATIONS] = json!(rules);
     }
     let mut version = json!({
-        "name": VERSION,
+        "name": KUN_VERSION,
         "served": true,
         "storage": true,
         "subresources": {"status": {}},
@@ -212,9 +213,9 @@ pub(super) fn manifest<S: Resource>() -> Value {
     json!({
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": format!("{}.{GROUP}", S::PLURAL)},
+        "metadata": {"name": format!("{}.{KUN_GROUP}", S::PLURAL)},
         "spec": {
-            "group": GROUP,
+            "group": KUN_GROUP,
             "scope": if S::NAMESPACED { "Namespaced" } else { "Cluster" },
             "names": {
                 "kind": S::KIND,

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::{Kind, Meta, Object};
+use crate::{KUN_GROUP, KUN_VERSION, Meta, Object, Resource};
 
 mod bgp;
 mod bgpadvertisement;
@@ -49,12 +49,6 @@ pub use walk::Unknown;
 
 use check::{Check, broken, broken_steps};
 use shape::Shape;
-
-/// The group of kun's kinds.
-pub const GROUP: &str = "kun.network";
-
-/// Their version.
-pub const VERSION: &str = "v1alpha1";
 
 /// Every type with checks, by the name that its schema carries.
 static CHECKS: &[Check] = &[
@@ -143,8 +137,8 @@ impl Column {
     }
 }
 
-/// A kind: the type of its spec says everything about it.
-pub trait Resource: DeserializeOwned + Serialize + JsonSchema + Clone + 'static {
+/// The spec of one of kun's kinds: the type says everything about the kind.
+pub trait Spec: DeserializeOwned + Serialize + JsonSchema + Clone + 'static {
     /// The type of its status.
     type Status: DeserializeOwned + Serialize + JsonSchema + Clone + 'static;
     /// Name.
@@ -174,12 +168,8 @@ pub trait Resource: DeserializeOwned + Serialize + JsonSchema + Clone + 'static 
 
 /// A kind without its type.
 pub struct Definition {
-    /// Name.
-    pub kind: &'static str,
-    /// As it stands in a path of the API.
-    pub plural: &'static str,
-    /// Whether its objects live in namespaces.
-    pub namespaced: bool,
+    /// How it is called in the API.
+    pub resource: Resource,
     manifest: fn() -> Value,
     read: fn(&'static Shapes, &Fields<'_, '_>, Meta, How) -> Option<Object>,
     broken_steps: fn(&Object, &Object) -> Vec<Broken>,
@@ -189,7 +179,7 @@ pub struct Definition {
 impl fmt::Debug for Definition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Definition")
-            .field("kind", &self.kind)
+            .field("resource", &self.resource)
             .finish_non_exhaustive()
     }
 }
@@ -229,11 +219,9 @@ impl How {
 }
 
 impl Definition {
-    const fn of<S: Resource>() -> Self {
+    const fn of<S: Spec>() -> Self {
         Self {
-            kind: S::KIND,
-            plural: S::PLURAL,
-            namespaced: S::NAMESPACED,
+            resource: Resource::of_spec::<S>(),
             manifest: manifest::manifest::<S>,
             read: read::<S>,
             broken_steps: steps::<S>,
@@ -274,11 +262,11 @@ pub static DEFINITIONS: [Definition; 8] = [
 
 /// The kind of this name.
 pub fn definition(kind: &str) -> Option<&'static Definition> {
-    DEFINITIONS.iter().find(|d| d.kind == kind)
+    DEFINITIONS.iter().find(|d| d.resource.kind == kind)
 }
 
 /// Reads `spec` and `status`, then checks the object as a whole. The other fields of the top are the caller's.
-fn read<S: Resource>(
+fn read<S: Spec>(
     shapes: &'static Shapes,
     f: &Fields<'_, '_>,
     meta: Meta,
@@ -320,7 +308,7 @@ fn typed<T: DeserializeOwned>(value: Value, at: &Cursor<'_, '_>) -> Option<T> {
     }
 }
 
-fn steps<S: Resource>(old: &Object, new: &Object) -> Vec<Broken> {
+fn steps<S: Spec>(old: &Object, new: &Object) -> Vec<Broken> {
     match (S::of(old), S::of(new)) {
         (Some(old), Some(new)) => broken_steps(S::STEPS, &**old, &**new),
         _ => Vec::new(),
@@ -329,14 +317,14 @@ fn steps<S: Resource>(old: &Object, new: &Object) -> Vec<Broken> {
 
 /// What the change from `old` to `new` breaks, for objects of any kind: those of Kubernetes are the API server's business.
 pub fn broken_by_change(old: &Object, new: &Object) -> Vec<Broken> {
-    let of_kind = |kind: Kind| DEFINITIONS.iter().find(|d| d.kind == kind.name());
-    of_kind(new.kind()).map_or_else(Vec::new, |d| d.broken_steps(old, new))
+    let definition = definition(Resource::of(new.kind()).kind);
+    definition.map_or_else(Vec::new, |d| d.broken_steps(old, new))
 }
 
 /// An object as JSON, to be sent to the API server or written to a file: without the fields that have no value.
-pub fn to_json<S: Resource>(namespace: Option<&str>, name: &str, spec: &S) -> Value {
+pub fn to_json<S: Spec>(namespace: Option<&str>, name: &str, spec: &S) -> Value {
     let mut object = json!({
-        "apiVersion": format!("{GROUP}/{VERSION}"),
+        "apiVersion": format!("{KUN_GROUP}/{KUN_VERSION}"),
         "kind": S::KIND,
         "metadata": {"name": name},
         "spec": without_nulls(json!(spec)),
@@ -348,7 +336,7 @@ pub fn to_json<S: Resource>(namespace: Option<&str>, name: &str, spec: &S) -> Va
 }
 
 /// A status as JSON, to be sent as the `status` of a patch of the status.
-pub fn status_to_json<S: Resource>(status: &S::Status) -> Value {
+pub fn status_to_json<S: Spec>(status: &S::Status) -> Value {
     without_nulls(json!(status))
 }
 
