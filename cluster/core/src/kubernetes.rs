@@ -9,7 +9,7 @@ use std::sync::Arc;
 use kun_config::Faults;
 use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents, nearest};
 
-use crate::crd::{self, Definition, How};
+use crate::crd::{self, Definition, How, Unknown};
 use crate::{
     Endpoint, EndpointPort, EndpointSlice, IpFamily, KUN_GROUP, KUN_VERSION, Kind, Lease, Meta,
     Namespace, Node, Object, ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType,
@@ -69,6 +69,7 @@ enum Writer {
 
 struct Reader<'r> {
     writer: Writer,
+    how: How,
     names: &'r mut Interner,
     manifest: Manifest,
 }
@@ -80,10 +81,25 @@ pub fn parse_manifest(file_name: &str, text: &str) -> Result<Manifest, Faults> {
 
 /// The same, sharing strings with what was read before.
 pub fn parse_with(names: &mut Interner, file_name: &str, text: &str) -> Result<Manifest, Faults> {
+    parse_how(How::FOLDER, names, file_name, text)
+}
+
+/// The same, with the statuses of kun's own kinds held to their schema as the API server holds whoever writes one.
+pub fn parse_with_status(file_name: &str, text: &str) -> Result<Manifest, Faults> {
+    parse_how(How::STATUS, &mut Interner::default(), file_name, text)
+}
+
+fn parse_how(
+    how: How,
+    names: &mut Interner,
+    file_name: &str,
+    text: &str,
+) -> Result<Manifest, Faults> {
     let trees = documents(file_name, text).map_err(|fault| Faults(vec![fault]))?;
     let sink = Sink::new(file_name);
     let mut reader = Reader {
         writer: Writer::File(Arc::from(file_name)),
+        how,
         names,
         manifest: Manifest::default(),
     };
@@ -113,6 +129,7 @@ pub fn read_api(names: &mut Interner, kind: Kind, title: &str, tree: &Tree<'_>) 
     let sink = Sink::new(title);
     let mut reader = Reader {
         writer: Writer::Server,
+        how: How::API,
         names,
         manifest: Manifest::default(),
     };
@@ -567,12 +584,10 @@ impl Reader<'_> {
         definition: &'static Definition,
     ) -> Option<Object> {
         let meta = self.meta(&f, line, definition.resource.namespaced);
-        match self.writer {
-            Writer::File(_) => {
-                let object = definition.read(&f, meta?, How::FOLDER);
-                finish(f).then_some(object?)
-            }
-            Writer::Server => definition.read(&f, meta?, How::API),
+        let object = definition.read(&f, meta?, self.how);
+        match self.how.unknown {
+            Unknown::Refuse => finish(f).then_some(object?),
+            Unknown::Ignore => object,
         }
     }
 

@@ -16,7 +16,8 @@ pub use crd::{
     KunService,
 };
 pub use kubernetes::{
-    Interner, Manifest, Reading, ServiceAddress, parse_manifest, parse_with, read_api,
+    Interner, Manifest, Reading, ServiceAddress, parse_manifest, parse_with, parse_with_status,
+    read_api,
 };
 pub use model::*;
 pub use resource::{KUN_GROUP, KUN_VERSION, Resource};

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::{Checked, Rule, Step, attach};
 use super::common::{Condition, Family, Probe, family, is_host, one_of, yes};
-use super::text::{HostName, Label, Name, Text};
+use super::text::{HostName, Label, LabelValue, Name, Text};
 use super::{Column, Custom, Spec};
 use crate::Object;
 
@@ -130,8 +130,7 @@ pub struct StaticEndpoint {
     #[schemars(range(max = 1000))]
     pub weight: u32,
     /// The zone that it is in.
-    #[schemars(length(min = 1, max = 63))]
-    pub zone: Option<String>,
+    pub zone: Option<Text<LabelValue>>,
     /// The name of the Node that it is on, for `Local`.
     pub node: Option<Text<Name>>,
 }

@@ -64,6 +64,7 @@ static CHECKS: &[Check] = &[
     Check::of_text::<Label>(),
     Check::of_text::<InterfaceName>(),
     Check::of_text::<LabelKey>(),
+    Check::of_text::<LabelValue>(),
     Check::of_text::<Uid>(),
     Check::of_text::<HostName>(),
     Check::of_text::<HttpPath>(),

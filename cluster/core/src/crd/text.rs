@@ -375,6 +375,16 @@ plain_text!(
 );
 
 plain_text!(
+    /// A label's value, which may be empty.
+    LabelValue,
+    "a label's value (letters, digits, `-`, `_` and `.`)",
+    "a",
+    63,
+    "^([A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?)?$",
+    |text| text.is_empty() || is_qualified(text)
+);
+
+plain_text!(
     /// A UID that the API server gave.
     Uid,
     "an object's UID",
