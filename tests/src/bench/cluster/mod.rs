@@ -56,8 +56,8 @@ pub fn run(context: &Context) -> anyhow::Result<Vec<Row>> {
         let plane = builder
             .controller_flags(&["--controllers=-*,serviceaccount-controller"])
             .apiserver_flags(&[
-                "--max-requests-inflight=0",
-                "--max-mutating-requests-inflight=0",
+                "--max-requests-inflight=10000",
+                "--max-mutating-requests-inflight=10000",
             ])
             .start()?;
         let bytes = fill(plane.kubeconfig())?;
