@@ -1,7 +1,6 @@
 //! `cargo xtask peers`: builds what tests run beside kun and Debian has not in a current version, once, into the cache.
 //!
-//! One table says what (`table.rs`); a Go of at least 1.21 builds it (`go.rs`) and fetches by itself the exact toolchain that a module
-//! asks for. Each peer has a stamp of what it was built from; where that is unchanged nothing is done. Built one after the other, with a
+//! One table says what (`table.rs`); any Go from 1.21 on builds it (`go.rs`) with one toolchain, which it fetches by itself. Each peer has a stamp of what it was built from; where that is unchanged nothing is done. Built one after the other, with a
 //! low priority: a machine of two cores keeps working meanwhile.
 
 mod control_plane;
