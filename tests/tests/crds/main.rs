@@ -8,10 +8,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 use kun_cluster::crd::{DEFINITIONS, broken_by_change};
-use kun_cluster::{Manifest, Object, Resource, parse_manifest, parse_with_status};
+use kun_cluster::{Manifest, Object, parse_manifest, parse_with_status};
 use kun_config::Faults;
 use kun_harness::control_plane::binary;
 use kun_harness::{ControlPlane, wait_for};
@@ -60,7 +61,9 @@ type Parse = fn(&str, &str) -> Result<Manifest, Faults>;
 /// The folder's verdict, about what the server gets: JSON.
 fn folder_says(object: &Value, parse: Parse) -> Verdict {
     let text = object.to_string();
-    parse("object.json", &text).map(drop).map_err(|faults| faults.to_string())
+    parse("object.json", &text)
+        .map(drop)
+        .map_err(|faults| faults.to_string())
 }
 
 fn parsed(object: &Value) -> Option<Object> {
@@ -68,10 +71,12 @@ fn parsed(object: &Value) -> Option<Object> {
     manifest.ok()?.objects.into_iter().next()
 }
 
-/// Applies the definitions once for all tests; `None` when there is no control plane.
-fn plane() -> Option<&'static ControlPlane> {
-    static APPLIED: std::sync::Once = std::sync::Once::new();
+/// The server with the definitions, for one test at a time: the objects of all are cluster-wide. `None` when there is no control plane.
+fn plane() -> Option<(&'static ControlPlane, MutexGuard<'static, ()>)> {
+    static APPLIED: Once = Once::new();
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let plane = ControlPlane::shared()?;
+    let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     APPLIED.call_once(|| {
         let folder = workspace().join("deploy/crds");
         let folder = folder.to_string_lossy();
@@ -80,17 +85,28 @@ fn plane() -> Option<&'static ControlPlane> {
         assert!(!said.contains("Warning"), "{said}");
         for definition in &DEFINITIONS {
             let name = format!("crd/{}.kun.network", definition.resource.plural);
-            let established = ["wait", "--for=condition=Established", "--timeout=60s", &name];
+            let established = [
+                "wait",
+                "--for=condition=Established",
+                "--timeout=60s",
+                &name,
+            ];
             kubectl(plane, &established);
         }
         wait_for("the kinds in discovery", ACTS_WITHIN, || {
-            let words = ["api-resources", "--api-group=kun.network", "-o", "name", "--cached=false"];
+            let words = [
+                "api-resources",
+                "--api-group=kun.network",
+                "-o",
+                "name",
+                "--cached=false",
+            ];
             let kinds = plane.kubectl(&words, "").ok()?;
             (kinds.lines().count() == DEFINITIONS.len()).then_some(())
         })
         .unwrap();
     });
-    Some(plane)
+    Some((plane, turn))
 }
 
 /// `kubectl`, with what it says on both outputs.
@@ -118,10 +134,14 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
 
 #[test]
 fn definitions_are_established_and_structural() {
-    let Some(plane) = plane() else { return };
+    let Some((plane, _turn)) = plane() else {
+        return;
+    };
     for definition in &DEFINITIONS {
         let name = format!("{}.kun.network", definition.resource.plural);
-        let text = plane.kubectl(&["get", "crd", &name, "-o", "json"], "").unwrap();
+        let text = plane
+            .kubectl(&["get", "crd", &name, "-o", "json"], "")
+            .unwrap();
         let crd: Value = serde_json::from_str(&text).unwrap();
         let conditions = crd["status"]["conditions"].as_array().unwrap();
         let conditions: BTreeMap<&str, &str> = conditions
@@ -138,20 +158,29 @@ fn definitions_are_established_and_structural() {
 
 #[test]
 fn people_can_look_at_them() {
-    let Some(plane) = plane() else { return };
+    let Some((plane, _turn)) = plane() else {
+        return;
+    };
     let examples = workspace().join("deploy/crds/examples");
     let examples = examples.to_string_lossy();
     let said = kubectl(plane, &["apply", "-f", &examples]);
     assert!(!said.contains("Warning"), "{said}");
 
-    let all = plane.kubectl(&["get", "kun", "-A", "-o", "name"], "").unwrap();
+    let all = plane
+        .kubectl(&["get", "kun", "-A", "-o", "name"], "")
+        .unwrap();
     for definition in &DEFINITIONS {
-        assert!(all.contains(definition.resource.kind.to_lowercase().as_str()), "{all}");
+        assert!(
+            all.contains(definition.resource.kind.to_lowercase().as_str()),
+            "{all}"
+        );
     }
     let head = |words: &[&str]| {
         let table = plane.kubectl(words, "").unwrap();
         let head = table.lines().next().unwrap_or_default();
-        head.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+        head.split_whitespace()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
     };
     assert_eq!(
         head(&["get", "kblock"]),
@@ -159,11 +188,30 @@ fn people_can_look_at_them() {
     );
     assert_eq!(
         head(&["get", "kblock", "-o", "wide"]),
-        ["NAME", "FIRST", "NODE", "PHASE", "ALLOCATED", "COOLING", "EPOCH", "DRAINING", "AGE"]
+        [
+            "NAME",
+            "FIRST",
+            "NODE",
+            "PHASE",
+            "ALLOCATED",
+            "COOLING",
+            "EPOCH",
+            "DRAINING",
+            "AGE"
+        ]
     );
     assert_eq!(
         head(&["get", "kpeer"]),
-        ["NAME", "ADDRESS", "INTERFACE", "ASN", "SESSIONS", "ESTABLISHED", "READY", "AGE"]
+        [
+            "NAME",
+            "ADDRESS",
+            "INTERFACE",
+            "ASN",
+            "SESSIONS",
+            "ESTABLISHED",
+            "READY",
+            "AGE"
+        ]
     );
     let of_node = |kind: &str, selector: &str| {
         let words = ["get", kind, "--field-selector", selector, "-o", "name"];
@@ -173,9 +221,20 @@ fn people_can_look_at_them() {
     assert_eq!(of_node("ipamblocks", "spec.node=node-b"), 0);
     assert_eq!(of_node("bgpsessions", "spec.node=node-a,spec.peer=tor"), 1);
     assert_eq!(of_node("bgpsessions", "spec.peer=spine"), 0);
-    let explained = plane.kubectl(&["explain", "bgppeer.spec.timers.keepaliveSeconds"], "").unwrap();
-    assert!(explained.contains("a third of the hold time at most"), "{explained}");
-    let words = ["get", "bgppeer", "uplink", "-o", "jsonpath={.spec.timers} {.spec.drain} {.spec.port}"];
+    let explained = plane
+        .kubectl(&["explain", "bgppeer.spec.timers.keepaliveSeconds"], "")
+        .unwrap();
+    assert!(
+        explained.contains("a third of the hold time at most"),
+        "{explained}"
+    );
+    let words = [
+        "get",
+        "bgppeer",
+        "uplink",
+        "-o",
+        "jsonpath={.spec.timers} {.spec.drain} {.spec.port}",
+    ];
     // Defaults are the server's to fill in, and the same as the folder's.
     assert_eq!(
         plane.kubectl(&words, "").unwrap(),
@@ -216,7 +275,10 @@ async fn compare(server: &Server, cases: Vec<Case>) -> (Vec<String>, usize) {
             };
             let folder = folder_says(&case.object, parse);
             if folder.is_ok() != verdict.is_ok() {
-                disagreements.push(format!("{}\n  server: {verdict:?}\n  folder: {folder:?}", case.what));
+                disagreements.push(format!(
+                    "{}\n  server: {verdict:?}\n  folder: {folder:?}",
+                    case.what
+                ));
             }
         }
     }
@@ -245,7 +307,9 @@ fn schema(kind: &str, part: &str) -> Value {
 
 #[test]
 fn the_corpus_has_the_same_verdicts() {
-    let Some(plane) = plane() else { return };
+    let Some((plane, _turn)) = plane() else {
+        return;
+    };
     block_on(async {
         let server = Server::of(plane).await.unwrap();
         for (folder, good) in [("good", true), ("bad", false)] {
@@ -272,12 +336,16 @@ fn the_corpus_has_the_same_verdicts() {
 
 #[test]
 fn changes_have_the_same_verdicts() {
-    let Some(plane) = plane() else { return };
+    let Some((plane, _turn)) = plane() else {
+        return;
+    };
     block_on(async {
         let server = Server::of(plane).await.unwrap();
         for (folder, good) in [("steps-good", true), ("steps-bad", false)] {
             let mut documents = corpus(folder).into_iter();
-            while let (Some((_, before)), Some((what, mut after))) = (documents.next(), documents.next()) {
+            while let (Some((_, before)), Some((what, mut after))) =
+                (documents.next(), documents.next())
+            {
                 let made = server.create(&before).await.unwrap();
                 let unchanged = parsed(&before).unwrap();
                 let broken = parsed(&after).map(|after| broken_by_change(&unchanged, &after));
@@ -294,16 +362,31 @@ fn changes_have_the_same_verdicts() {
 
 #[test]
 fn every_bound_and_every_word_has_the_same_verdict() {
-    let Some(plane) = plane() else { return };
-    let case = |ask| move |mutant: Mutant| Case { what: mutant.what, ask, object: mutant.object };
+    let Some((plane, _turn)) = plane() else {
+        return;
+    };
+    let case = |ask| {
+        move |mutant: Mutant| Case {
+            what: mutant.what,
+            ask,
+            object: mutant.object,
+        }
+    };
     block_on(async {
         let server = Server::of(plane).await.unwrap();
         let mut mutator = Mutator::default();
-        for (_, object) in documents("deploy/crds/examples").iter().chain(&corpus("good")) {
+        for (_, object) in documents("deploy/crds/examples")
+            .iter()
+            .chain(&corpus("good"))
+        {
             let kind = object["kind"].as_str().unwrap();
             mutator.mutate(object, "spec", &schema(kind, "spec"));
         }
-        let mut cases: Vec<Case> = mutator.mutants().into_iter().map(case(Ask::Create)).collect();
+        let mut cases: Vec<Case> = mutator
+            .mutants()
+            .into_iter()
+            .map(case(Ask::Create))
+            .collect();
 
         let mut mutator = Mutator::default();
         let mut made = Vec::new();
@@ -328,9 +411,17 @@ fn every_bound_and_every_word_has_the_same_verdict() {
         for object in &made {
             server.delete(object).await.unwrap();
         }
-        assert!(disagreements.is_empty(), "{} of {all}:\n{}", disagreements.len(), disagreements.join("\n"));
+        assert!(
+            disagreements.is_empty(),
+            "{} of {all}:\n{}",
+            disagreements.len(),
+            disagreements.join("\n")
+        );
         // A test that compares nothing but refusals compares nothing.
         println!("{all} objects, {refused} refused by both");
-        assert!(refused > all / 4 && all - refused > all / 10, "{refused} of {all} refused");
+        assert!(
+            refused > all / 4 && all - refused > all / 10,
+            "{refused} of {all} refused"
+        );
     });
 }

@@ -19,8 +19,9 @@ pub(crate) type Verdict = Result<(), String>;
 impl Server {
     pub(crate) async fn of(plane: &ControlPlane) -> Result<Self> {
         let kubeconfig = Kubeconfig::read_from(plane.kubeconfig())?;
-        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default());
-        Ok(Self(Client::try_from(config.await?)?))
+        let options = KubeConfigOptions::default();
+        let config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
+        Ok(Self(Client::try_from(config)?))
     }
 
     /// Whether it would create it.
@@ -39,7 +40,8 @@ impl Server {
     /// Whether it would take the status.
     pub(crate) async fn would_report(&self, object: &Value) -> Result<Verdict> {
         let body = serde_json::to_vec(object)?;
-        let request = requests(object)?.replace_subresource("status", name(object), &dry(), body)?;
+        let request =
+            requests(object)?.replace_subresource("status", name(object), &dry(), body)?;
         self.verdict(request).await
     }
 
@@ -71,7 +73,10 @@ impl Server {
 }
 
 fn dry() -> PostParams {
-    PostParams { dry_run: true, ..PostParams::default() }
+    PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    }
 }
 
 /// Requests for the kind of an object, in its namespace.
