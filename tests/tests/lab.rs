@@ -60,6 +60,7 @@ fn options(what: &str, manifests: PathBuf) -> Options {
         manifests,
         programs: programs(),
         keep: false,
+        control_plane: false,
     }
 }
 
@@ -315,15 +316,15 @@ fn kill_a_dns_server(lab: &mut Lab) -> Result<()> {
 
 /// Assignments are kept over a restart.
 fn kill_the_operator(lab: &mut Lab) -> Result<()> {
-    let before = (lab.blocks()?, lab.folder.load_balancers()?);
+    let before = (lab.blocks()?, lab.load_balancers()?);
     lab.operator = None;
     ensure!(
-        (lab.blocks()?, lab.folder.load_balancers()?) == before,
+        (lab.blocks()?, lab.load_balancers()?) == before,
         "assignments went with the operator"
     );
     lab.start_operator()?;
     // A service that comes now is given an address by the new one, and nobody loses his.
-    let after = (lab.blocks()?, lab.folder.load_balancers()?);
+    let after = (lab.blocks()?, lab.load_balancers()?);
     ensure!(
         after == before,
         "the new operator moved an assignment: {before:?} → {after:?}"

@@ -13,7 +13,7 @@ mod skips;
 mod wait;
 
 pub use bpffs::BpfFs;
-pub use cgroup::{Cgroup, cgroup2_mount};
+pub use cgroup::{Cgroup, cgroup_mounts, cgroup2_mount};
 pub use netns::{Netns, enter, netns_names, veth};
 pub use process::{Process, run};
 pub use skips::{require_root, require_tool, skip};

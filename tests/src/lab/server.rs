@@ -22,6 +22,7 @@ pub struct Hello {
 
 /// Serves until killed.
 pub fn serve(name: &str, tcp: &[u16], udp: &[u16]) -> Result<()> {
+    end_on_signal()?;
     let mut threads = Vec::new();
     for &port in tcp {
         let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
@@ -49,6 +50,39 @@ pub fn serve(name: &str, tcp: &[u16], udp: &[u16]) -> Result<()> {
     for thread in threads {
         let _ = thread.join();
     }
+    Ok(())
+}
+
+/// After a pod is told to end, it serves on for so long: by then nobody sends it anything new. Whoever stops at once refuses what
+/// comes from nodes that have not heard of it yet.
+const SERVES_ON: Duration = Duration::from_secs(3);
+
+/// Ends the process some time after SIGTERM. The first process of a container gets no signal that it does not ask for.
+pub fn end_on_signal() -> Result<()> {
+    on_signal(|| std::thread::sleep(SERVES_ON))
+}
+
+/// Holds a pod's namespaces until SIGTERM.
+pub fn pause() -> Result<()> {
+    on_signal(|| {})?;
+    loop {
+        std::thread::park();
+    }
+}
+
+fn on_signal(then: impl FnOnce() + Send + 'static) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let mut terminate = {
+        let _guard = runtime.enter();
+        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?
+    };
+    std::thread::spawn(move || {
+        runtime.block_on(terminate.recv());
+        then();
+        std::process::exit(0);
+    });
     Ok(())
 }
 
