@@ -102,3 +102,31 @@ pub fn down(name: &LabName) {
     let _ = fs::remove_dir_all(name.state());
     let _ = fs::remove_dir(STATE);
 }
+
+/// Everything of a lab that is on the machine, by its name: what must be gone when it is down.
+pub fn traces(name: &LabName) -> Vec<String> {
+    let mut traces: Vec<String> = netns_names()
+        .filter(|netns| name.owns_netns(netns))
+        .collect();
+    let groups = cgroup_mounts().unwrap_or_default();
+    let mut paths: Vec<PathBuf> = groups.iter().map(|root| name.cgroup(root)).collect();
+    let directories = [name.directory(), name.state()];
+    paths.extend(directories.clone());
+    let there = paths.into_iter().filter(|path| path.exists());
+    traces.extend(there.map(|path| path.display().to_string()));
+    let ours = |line: &str| {
+        directories
+            .iter()
+            .any(|d| line.contains(&*d.to_string_lossy()))
+    };
+    let read = |path: &Path| fs::read_to_string(path).unwrap_or_default();
+    // Mounts are in namespaces of their own: as long as a process is in one, they are there.
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let line = read(&process.path().join("cmdline")).replace('\0', " ");
+        let mounts = read(&process.path().join("mounts"));
+        if ours(&line) || mounts.lines().any(ours) {
+            traces.push(format!("process {}: {line}", process.path().display()));
+        }
+    }
+    traces
+}

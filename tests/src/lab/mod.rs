@@ -320,6 +320,20 @@ impl Lab {
         })
     }
 
+    /// The Kubernetes that it stands on.
+    pub fn cluster(&self) -> Result<&Cluster> {
+        match &self.ground {
+            Ground::Cluster(cluster) => Ok(cluster),
+            Ground::Played => anyhow::bail!("the lab does not stand on a Kubernetes"),
+        }
+    }
+
+    /// Looks at the pods again: controllers make others whenever they are told to.
+    pub fn refresh(&mut self) -> Result<()> {
+        self.pods = self.cluster()?.pods_now()?;
+        Ok(())
+    }
+
     /// A machine.
     pub fn node(&self, name: &str) -> Result<&Node> {
         self.nodes

@@ -208,6 +208,15 @@ impl Cluster {
             .collect()
     }
 
+    /// The pods that there are now and that do not end, ready or not.
+    pub fn pods_now(&self) -> Result<Vec<Pod>> {
+        self.get("pods")?
+            .iter()
+            .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null())
+            .filter_map(|pod| pod_of(pod).transpose())
+            .collect()
+    }
+
     /// The addresses that the API server gave the services.
     pub fn address(&self, services: &mut [ServicePlan]) -> Result<()> {
         let objects = self.get("services")?;

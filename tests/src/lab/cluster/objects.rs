@@ -12,6 +12,7 @@ use super::super::manifests::{Application, ContainerPort, Service, Workload};
 use super::super::names::MACHINES;
 use super::super::node::machine;
 use super::super::pod::{DNS_READY, corefile_text, dns_configuration, first_tcp, server_words};
+use super::super::server::READY_PATH;
 use super::image;
 
 /// Where the DNS server's pod has its configuration.
@@ -98,7 +99,7 @@ fn workload(given: &Workload, services: &[ServicePlan], folder: &Path) -> Value 
     let ports = ports(given, &labels, services);
     let mut spec = match is_dns(given) {
         true => dns_pod(&ports, folder),
-        false => server_pod(&ports),
+        false => server_pod(&ports, given.kind == "StatefulSet"),
     };
     let template = &given.template.spec;
     for (field, value) in [
@@ -150,7 +151,7 @@ fn ports(
     plan.ports
 }
 
-fn server_pod(ports: &[ContainerPort]) -> Value {
+fn server_pod(ports: &[ContainerPort], over_tcp: bool) -> Value {
     let mut container = container(
         "main",
         "kun-lab",
@@ -158,20 +159,25 @@ fn server_pod(ports: &[ContainerPort]) -> Value {
         ports,
     );
     if let Some(port) = first_tcp(ports) {
-        container["readinessProbe"] = probe("/", port);
+        // A database speaks no HTTP.
+        let how = match over_tcp {
+            true => json!({"tcpSocket": {"port": port}}),
+            false => json!({"httpGet": {"path": READY_PATH, "port": port}}),
+        };
+        container["readinessProbe"] = probe(how);
     }
     json!({
         "containers": [container],
         "automountServiceAccountToken": false,
         // The server serves on for a moment after it is told to end.
-        "terminationGracePeriodSeconds": 10,
+        "terminationGracePeriodSeconds": 15,
     })
 }
 
 fn dns_pod(ports: &[ContainerPort], folder: &Path) -> Value {
     let words = ["--config".to_owned(), format!("{DNS_FOLDER}/kun.yaml")];
     let mut container = container("kun-dns", "kun-dns", &words, ports);
-    container["readinessProbe"] = probe("/ready", DNS_READY);
+    container["readinessProbe"] = probe(json!({"httpGet": {"path": "/ready", "port": DNS_READY}}));
     container["volumeMounts"] = json!([
         {"name": "files", "mountPath": DNS_FOLDER},
         {"name": "folder", "mountPath": folder},
@@ -209,8 +215,11 @@ fn container(name: &str, program: &str, words: &[String], ports: &[ContainerPort
     })
 }
 
-fn probe(path: &str, port: u16) -> Value {
-    json!({"httpGet": {"path": path, "port": port}, "periodSeconds": 1, "failureThreshold": 5, "timeoutSeconds": 2})
+fn probe(mut how: Value) -> Value {
+    how["periodSeconds"] = json!(1);
+    how["failureThreshold"] = json!(2);
+    how["timeoutSeconds"] = json!(2);
+    how
 }
 
 /// A pod of the API server's, as the lab's probes want it. `None`: not on a node, or without addresses.
