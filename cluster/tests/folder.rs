@@ -22,8 +22,9 @@ struct Seen {
 impl Seen {
     fn follow(path: &Path) -> Self {
         let (sender, events) = channel();
-        let following =
-            FolderSource::spawn(path, move |event| sender.send(event).is_ok()).expect("a folder");
+        let following = FolderSource::open(path)
+            .and_then(|source| source.spawn(move |event| sender.send(event).is_ok()))
+            .expect("a folder");
         let mut seen = Self {
             store: Store::new(),
             events,

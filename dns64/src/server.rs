@@ -11,8 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use kun_cluster::Event;
-use kun_cluster::folder::{FolderError, FolderSource, Following};
+use kun_cluster::{Event, Following, Kind, SourceError, Wanted};
 use kun_config::ClusterSource;
 use kun_dns_core::wire::rtype;
 use kun_dns_core::{Ask, ClusterView, Listen};
@@ -38,14 +37,9 @@ pub enum ServeError {
     /// A socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// The manifests.
+    /// Where names of the cluster come from.
     #[error(transparent)]
-    Folder(#[from] FolderError),
-    /// No source for the names of the cluster.
-    #[error(
-        "cluster: the Kubernetes API as a source of names is not supported yet; set cluster.folder in kun.yaml, or remove kubernetes from the Corefile"
-    )]
-    NoSource,
+    Cluster(#[from] SourceError),
     /// A thread, a signal handler.
     #[error("{what}: {source}")]
     System {
@@ -178,11 +172,15 @@ fn follow(
     if !loaded.world.wants_cluster() {
         return Ok(None);
     }
-    let ClusterSource::Folder(path) = &options.cluster else {
-        return Err(ServeError::NoSource);
-    };
+    let wanted = Wanted::new().all([
+        Kind::Service,
+        Kind::EndpointSlice,
+        Kind::Namespace,
+        Kind::Pod,
+    ]);
     let events = events.clone();
-    Ok(Some(FolderSource::spawn(path, move |event| {
+    let source = kun_cluster::Source::open(&options.cluster)?;
+    Ok(Some(source.follow(wanted, move |event| {
         events.blocking_send(event).is_ok()
     })?))
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 
-use crate::kubernetes::Manifest;
+use crate::Manifest;
 use crate::{Delta, Kind, Meta, Object, ObjectName, Service, ServiceType};
 
 /// The cluster as it was last told.

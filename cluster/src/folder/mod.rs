@@ -18,15 +18,12 @@ mod watch;
 use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kun_config::Faults;
-use kun_config::yaml::{Sink, documents};
+pub use kun_cluster_core::parse_manifest;
 
-use crate::Event;
-use crate::kubernetes::{Interner, Manifest, Reader};
+use crate::{Event, Troubles};
 use scan::Scanner;
 use watch::{Wake, Watch};
 
@@ -55,30 +52,6 @@ pub enum FolderError {
     Thread(#[source] io::Error),
 }
 
-/// Reads one manifest from memory: what the folder would make of a file of this name and text.
-pub fn parse_manifest(file_name: &str, text: &str) -> Result<Manifest, Faults> {
-    parse_with(&mut Interner::default(), file_name, text)
-}
-
-fn parse_with(names: &mut Interner, file_name: &str, text: &str) -> Result<Manifest, Faults> {
-    let trees = documents(file_name, text).map_err(|fault| Faults(vec![fault]))?;
-    let sink = Sink::new(file_name);
-    let mut reader = Reader {
-        path: Arc::from(file_name),
-        names,
-        manifest: Manifest::default(),
-    };
-    for tree in &trees {
-        reader.document(tree, &sink);
-    }
-    let (faults, _) = sink.into_parts();
-    if faults.0.is_empty() {
-        Ok(reader.manifest)
-    } else {
-        Err(faults)
-    }
-}
-
 /// A folder that is being followed. Pull events with [`FolderSource::next_event`], or have a thread push them with
 /// [`FolderSource::spawn`].
 #[derive(Debug)]
@@ -90,24 +63,6 @@ pub struct FolderSource {
     /// [`Event::Partial`] was told, [`Event::Whole`] not yet.
     partial: bool,
     troubles: Troubles,
-}
-
-/// What is wrong now, for whoever asks: events tell each trouble once.
-#[derive(Debug, Clone, Default)]
-pub struct Troubles(Arc<Mutex<Vec<String>>>);
-
-impl Troubles {
-    /// One line each, sorted; empty when all files are good.
-    pub fn now(&self) -> Vec<String> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    fn set(&self, troubles: impl Iterator<Item = String>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = troubles.collect();
-    }
 }
 
 impl FolderSource {
@@ -204,21 +159,19 @@ impl FolderSource {
         }
     }
 
-    /// Follows `path` from a thread that hands each event to `on_event`, until that says `false` or the handle is dropped.
-    /// For tokio: `move |event| sender.blocking_send(event).is_ok()`.
+    /// Follows the folder from a thread that hands each event to `on_event`, until that says `false` or the handle is dropped.
     pub fn spawn(
-        path: &Path,
+        mut self,
         mut on_event: impl FnMut(Event) -> bool + Send + 'static,
     ) -> Result<Following, FolderError> {
-        let mut source = Self::open(path)?;
-        let stop = source.watch.stopper();
+        let stop = self.watch.stopper();
         let stopped = stop.clone();
-        let troubles = source.troubles();
+        let troubles = self.troubles();
         let thread = std::thread::Builder::new()
             .name("kun-folder".to_owned())
             .spawn(move || {
                 while !stopped.is_set() {
-                    if let Some(event) = source.poll()
+                    if let Some(event) = self.poll()
                         && !on_event(event)
                     {
                         return;

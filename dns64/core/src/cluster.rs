@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use kun_cluster::{Delta, EndpointSlice, Event, Kind, Namespace, Object, ObjectName, Pod, Service};
+use kun_cluster_core::{
+    Delta, EndpointSlice, Event, Kind, Namespace, Object, ObjectName, Pod, Service,
+};
 
 /// Services, EndpointSlices, Pods and Namespaces.
 #[derive(Debug, Clone, Default)]

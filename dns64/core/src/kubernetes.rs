@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use foldhash::fast::FixedState;
-use kun_cluster::{EndpointSlice, ObjectName, Protocol, Service, ServiceType};
+use kun_cluster_core::{EndpointSlice, ObjectName, Protocol, Service, ServiceType};
 use kun_config::corefile::{Kubernetes as Spec, PodMode};
 use kun_config::types::{DnsName, wire_is_within};
 
@@ -139,7 +139,7 @@ impl Builder<'_> {
             return;
         }
         let headless = service.cluster_ips.is_empty();
-        let usable = |e: &kun_cluster::Endpoint| e.ready || service.publish_not_ready;
+        let usable = |e: &kun_cluster_core::Endpoint| e.ready || service.publish_not_ready;
         let empty = !slices.iter().flat_map(|s| &s.endpoints).any(usable);
         if (empty && self.spec.ignore_empty_service) || (headless && self.spec.no_endpoints) {
             return;

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use foldhash::fast::FixedState;
-use kun_cluster::{Delta, EndpointSlice, Event, Kind, Node, Object, ObjectName, Service};
+use kun_cluster_core::{Delta, EndpointSlice, Event, Kind, Node, Object, ObjectName, Service};
 use kun_ebpf_abi::service::{Scope, ServiceKey, ViewKind};
 
 use crate::extent::{Extent, Extents};

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use kun_cluster::{EndpointSlice, ObjectName, Protocol, Service, ServiceType, TrafficPolicy};
+use kun_cluster_core::{EndpointSlice, ObjectName, Protocol, Service, ServiceType, TrafficPolicy};
 use kun_ebpf_abi::service::{Scope, ServiceKey, ViewKind, state};
 use kun_ebpf_abi::{Addr, Port};
 
@@ -241,7 +241,7 @@ pub fn desired<'a>(
 fn frontend(
     service: &Service,
     address: IpAddr,
-    port: &kun_cluster::ServicePort,
+    port: &kun_cluster_core::ServicePort,
     scope: Scope,
 ) -> Frontend {
     let internal = match (scope, service.internal_policy) {
@@ -267,7 +267,7 @@ fn frontend(
 
 fn endpoints<'a>(
     service: &Service,
-    port: &kun_cluster::ServicePort,
+    port: &kun_cluster_core::ServicePort,
     family: Family,
     slices: impl Iterator<Item = &'a EndpointSlice>,
     here: &Here,

@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use kun_cluster::{Endpoint, EndpointSlice, ObjectName, Protocol};
+use kun_cluster_core::{Endpoint, EndpointSlice, ObjectName, Protocol};
 use kun_ebpf_abi::Port;
 use kun_ebpf_abi::service::{Scope, ServiceKey, ViewKind, state};
 

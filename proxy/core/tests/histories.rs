@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use kun_cluster::{
+use kun_cluster_core::{
     Delta, Endpoint, EndpointPort, EndpointSlice, Event, Kind, Meta, Object, ObjectName, Origin,
     Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
 };

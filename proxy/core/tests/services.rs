@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use kun_cluster::{
+use kun_cluster_core::{
     Delta, Endpoint, EndpointPort, EndpointSlice, Event, Meta, Object, ObjectName, Origin,
     Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
 };
@@ -369,7 +369,7 @@ fn a_contested_frontend_is_the_first_ones_by_name_and_falls_to_the_next() {
         "{problems:?}"
     );
     world.tell(vec![Delta::Remove(
-        kun_cluster::Kind::Service,
+        kun_cluster_core::Kind::Service,
         ObjectName::new("default", "a-web"),
     )]);
     assert_eq!(world.seen(VIP, false), set(&["10.0.0.1:8080"]));

@@ -6,8 +6,7 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ipnet::IpNet;
-use kun_cluster::folder::{FolderError, FolderSource, Following, Troubles};
-use kun_cluster::{Delta, Event, Kind, Store};
+use kun_cluster::{Delta, Event, Following, Kind, Source, SourceError, Store, Troubles, Wanted};
 use kun_cni::clock;
 use kun_cni::ipam::{IpamError, IpamService};
 use kun_config::types::{BlockId, SlotClass};
@@ -17,17 +16,6 @@ use tokio::sync::watch;
 use super::announce::Facts;
 use super::dataplane::Message;
 use super::routes::{self, RouteError};
-
-/// Why there is no cluster.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum SourceError {
-    /// The folder.
-    #[error(transparent)]
-    Folder(#[from] FolderError),
-    /// Not built yet.
-    #[error("cluster.kubernetes: this version reads manifests only; give cluster.folder")]
-    NoApi,
-}
 
 /// The cluster as the agent knows it.
 #[derive(Debug, Default)]
@@ -62,29 +50,28 @@ impl View {
     }
 }
 
-/// Whether the configured source is there, before anything is changed on this node.
-pub(crate) fn check(config: &Config) -> Result<(), SourceError> {
+/// What a node looks at. Of pods and blocks, a node that asks the API reads its own: ten thousand that each read all would be the
+/// API server's whole load. A folder is read whole in any case, and who else owns a block is told while it is partial.
+fn wanted(config: &Config) -> Wanted {
+    let wanted = Wanted::new().all([Kind::Service, Kind::EndpointSlice, Kind::Node]);
     match &config.cluster {
-        ClusterSource::Folder(path) => {
-            FolderSource::open(path)?;
-            Ok(())
-        }
-        ClusterSource::Kubernetes { .. } => Err(SourceError::NoApi),
+        ClusterSource::Folder(_) => wanted.all([Kind::Pod, Kind::IpamBlock]),
+        ClusterSource::Kubernetes { .. } => wanted
+            .of_node(Kind::Pod, &config.node.name)
+            .of_node(Kind::IpamBlock, &config.node.name),
     }
 }
 
-/// Follows the configured source until the returned handle is dropped.
+/// Follows the source until the returned handle is dropped.
 pub(crate) fn follow(
     config: &Config,
+    source: Source,
     view: Arc<View>,
     blocks: Arc<Blocks>,
     dataplane: SyncSender<Message>,
 ) -> Result<Following, SourceError> {
-    let ClusterSource::Folder(path) = &config.cluster else {
-        return Err(SourceError::NoApi);
-    };
     let seen = Arc::clone(&view);
-    let following = FolderSource::spawn(path, move |event| {
+    let following = source.follow(wanted(config), move |event| {
         on_event(&event, &seen, &blocks);
         // Full: the dataplane is busy, and this source waits for it. Closed: the agent stops.
         dataplane.send(Message::Cluster(event)).is_ok()

@@ -19,6 +19,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kun_bgp::StartError;
+use kun_cluster::{Source, SourceError};
 use kun_cni::clock::{self, ClockError};
 use kun_cni::ipam::{IpamError, IpamService};
 use kun_config::Config;
@@ -43,7 +44,7 @@ mod translator;
 
 use announce::{Announcer, Facts};
 use answers::Answers;
-use cluster::{Blocks, SourceError, View};
+use cluster::{Blocks, View};
 use dataplane::{Dataplane, Message, fact};
 use metrics::Metrics;
 use server::{Server, SocketError};
@@ -169,7 +170,7 @@ pub(crate) fn run(path: &Path) -> Result<(), AgentError> {
         clock::boot()?,
         clock::now(),
     )?);
-    cluster::check(&config)?;
+    let source = Source::open(&config.cluster)?;
     node::forward(&node::uplinks(config.node.uplink.as_deref()))?;
 
     let (facts, facts_seen) = watch::channel(Facts::default());
@@ -207,7 +208,7 @@ pub(crate) fn run(path: &Path) -> Result<(), AgentError> {
         .name("kun-dataplane".to_owned())
         .spawn(move || dataplane.run(&messages))
         .map_err(system("a thread"))?;
-    let following = cluster::follow(&config, Arc::clone(&view), blocks, queue.clone())?;
+    let following = cluster::follow(&config, source, Arc::clone(&view), blocks, queue.clone())?;
     housekeeping(Arc::clone(&answers), metrics, health)?;
     server.serve(move |request| answers.answer(request))?;
     tracing::info!(node = config.node.name, adopted, took = ?started.elapsed(), "the agent runs");

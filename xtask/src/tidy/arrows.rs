@@ -5,7 +5,8 @@ use cargo_metadata::{DependencyKind, Metadata};
 /// Normal dependencies inside the workspace: the map's arrows. `tests`, `xtask` and dev-dependencies are free.
 const ARROWS: &[(&str, &[&str])] = &[
     ("kun-config", &[]),
-    ("kun-cluster", &["kun-config"]),
+    ("kun-cluster-core", &["kun-config"]),
+    ("kun-cluster", &["kun-config", "kun-cluster-core"]),
     ("kun-control", &["kun-config"]),
     ("kun-telemetry", &["kun-config"]),
     ("kun-ebpf-abi", &[]),
@@ -18,7 +19,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     (
         "kun-proxy-core",
-        &["kun-config", "kun-cluster", "kun-ebpf-abi"],
+        &["kun-config", "kun-cluster-core", "kun-ebpf-abi"],
     ),
     // The node agent: its main joins the shells of a node.
     (
@@ -35,7 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "kun-bgp",
         ],
     ),
-    ("kun-dns-core", &["kun-config", "kun-cluster"]),
+    ("kun-dns-core", &["kun-config", "kun-cluster-core"]),
     (
         "kun-dns",
         &["kun-dns-core", "kun-config", "kun-cluster", "kun-telemetry"],
@@ -52,7 +53,8 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["kun-config", "kun-cluster", "kun-control", "kun-telemetry"],
     ),
     ("kun-conformance", &[]),
-    ("kun-harness", &[]),
+    // It knows where peers are cached.
+    ("kun-harness", &["kun-ebpf-build"]),
 ];
 
 /// Free to depend on anything.
@@ -90,6 +92,7 @@ const IMPURE: &[&str] = &[
 /// The cores, and what is pure besides.
 pub(super) const PURE: &[&str] = &[
     "kun-config",
+    "kun-cluster-core",
     "kun-ebpf-abi",
     "kun-cni-core",
     "kun-proxy-core",

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use hickory_proto::op::{Message as Hickory, MessageType, OpCode, Query as Question};
 use hickory_proto::rr::{Name, RecordType};
-use kun_cluster::{Delta, Event};
+use kun_cluster_core::{Delta, Event};
 use kun_config::corefile::{Alone, Hosts, parse};
 use kun_dns_core::chain::{Handled, Materials};
 use kun_dns_core::message::Message;
@@ -46,7 +46,7 @@ impl Materials for Fixed {
 impl Server {
     pub fn new(corefile: &str, manifests: &str) -> Self {
         let manifest =
-            kun_cluster::folder::parse_manifest("m.yaml", manifests).expect("good manifests");
+            kun_cluster_core::parse_manifest("m.yaml", manifests).expect("good manifests");
         let mut view = ClusterView::default();
         view.apply(&Event::Deltas(
             manifest.objects.into_iter().map(Delta::Upsert).collect(),

@@ -272,6 +272,23 @@ pub struct Namespace {
     pub meta: Meta,
 }
 
+/// A Lease (`coordination.k8s.io/v1`). Its times are the holder's clock: they are compared with each other, never with ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// Name, origin.
+    pub meta: Meta,
+    /// spec.holderIdentity
+    pub holder: Option<Arc<str>>,
+    /// spec.leaseDurationSeconds
+    pub duration_secs: Option<u32>,
+    /// spec.acquireTime, as written.
+    pub acquire_time: Option<Arc<str>>,
+    /// spec.renewTime, as written.
+    pub renew_time: Option<Arc<str>>,
+    /// spec.leaseTransitions
+    pub transitions: u32,
+}
+
 /// IPPool (`kun.network/v1alpha1`): where blocks and virtual addresses come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IpPool {
@@ -305,6 +322,7 @@ pub enum Object {
     Node(Arc<Node>),
     Pod(Arc<Pod>),
     Namespace(Arc<Namespace>),
+    Lease(Arc<Lease>),
     IpPool(Arc<IpPool>),
     IpamBlock(Arc<IpamBlock>),
 }
@@ -318,6 +336,7 @@ pub enum Kind {
     Node,
     Pod,
     Namespace,
+    Lease,
     IpPool,
     IpamBlock,
 }
@@ -331,6 +350,7 @@ impl Object {
             Object::Node(o) => &o.meta,
             Object::Pod(o) => &o.meta,
             Object::Namespace(o) => &o.meta,
+            Object::Lease(o) => &o.meta,
             Object::IpPool(o) => &o.meta,
             Object::IpamBlock(o) => &o.meta,
         }
@@ -349,6 +369,7 @@ impl Object {
             Object::Node(_) => Kind::Node,
             Object::Pod(_) => Kind::Pod,
             Object::Namespace(_) => Kind::Namespace,
+            Object::Lease(_) => Kind::Lease,
             Object::IpPool(_) => Kind::IpPool,
             Object::IpamBlock(_) => Kind::IpamBlock,
         }

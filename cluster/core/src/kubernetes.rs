@@ -6,12 +6,14 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use kun_config::Faults;
 use kun_config::types::{BlockId, Slot};
-use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink};
+use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents};
 
 use crate::{
-    Endpoint, EndpointPort, EndpointSlice, IpFamily, IpPool, IpamBlock, Meta, Namespace, Node,
-    Object, ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
+    Endpoint, EndpointPort, EndpointSlice, IpFamily, IpPool, IpamBlock, Kind, Lease, Meta,
+    Namespace, Node, Object, ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType,
+    TrafficPolicy,
 };
 
 /// Session affinity without a timeout: three hours (core/v1 ClientIPConfig).
@@ -43,10 +45,10 @@ pub struct Manifest {
 
 /// Makes equal strings one allocation: ten thousand slices name the same namespace, zones and nodes.
 #[derive(Debug, Default)]
-pub(crate) struct Interner(HashSet<Arc<str>>);
+pub struct Interner(HashSet<Arc<str>>);
 
 impl Interner {
-    fn get(&mut self, text: &str) -> Arc<str> {
+    pub(crate) fn get(&mut self, text: &str) -> Arc<str> {
         if let Some(known) = self.0.get(text) {
             return Arc::clone(known);
         }
@@ -59,10 +61,68 @@ impl Interner {
     }
 }
 
-pub(crate) struct Reader<'r> {
-    pub(crate) path: Arc<str>,
-    pub(crate) names: &'r mut Interner,
-    pub(crate) manifest: Manifest,
+/// Who wrote what is read.
+enum Writer {
+    File(Arc<str>),
+    Server,
+}
+
+struct Reader<'r> {
+    writer: Writer,
+    names: &'r mut Interner,
+    manifest: Manifest,
+}
+
+/// Reads one manifest from memory: what the folder would make of a file of this name and text.
+pub fn parse_manifest(file_name: &str, text: &str) -> Result<Manifest, Faults> {
+    parse_with(&mut Interner::default(), file_name, text)
+}
+
+/// The same, sharing strings with what was read before.
+pub fn parse_with(names: &mut Interner, file_name: &str, text: &str) -> Result<Manifest, Faults> {
+    let trees = documents(file_name, text).map_err(|fault| Faults(vec![fault]))?;
+    let sink = Sink::new(file_name);
+    let mut reader = Reader {
+        writer: Writer::File(Arc::from(file_name)),
+        names,
+        manifest: Manifest::default(),
+    };
+    for tree in &trees {
+        reader.document(tree, &sink);
+    }
+    let (faults, _) = sink.into_parts();
+    if faults.0.is_empty() {
+        Ok(reader.manifest)
+    } else {
+        Err(faults)
+    }
+}
+
+/// What came of one object of the API.
+#[derive(Debug)]
+pub struct Reading {
+    /// The object; `None` without faults: none that kun reads, such as a slice of no service.
+    pub object: Option<Object>,
+    /// What is wrong with it. Of kinds that are Kubernetes' own the API server is the judge: a value that kun does not know is
+    /// left out with the part that it makes unusable (a port, an address), and the rest is used.
+    pub faults: Faults,
+}
+
+/// Reads one object of an API answer by the same rules as a manifest; `title` names it in faults.
+pub fn read_api(names: &mut Interner, kind: Kind, title: &str, tree: &Tree<'_>) -> Reading {
+    let sink = Sink::new(title);
+    let mut reader = Reader {
+        writer: Writer::Server,
+        names,
+        manifest: Manifest::default(),
+    };
+    reader.document(tree, &sink);
+    let (mut faults, _) = sink.into_parts();
+    // An answer has no lines; a path says it all.
+    faults.0.iter_mut().for_each(|fault| fault.at = None);
+    let object = reader.manifest.objects.pop();
+    let object = object.filter(|_| faults.0.is_empty() || !crate::Resource::of(kind).is_ours());
+    Reading { object, faults }
 }
 
 /// How deep a `List` may hold `List`s; kubectl writes one level.
@@ -70,7 +130,7 @@ const MAX_LISTS: usize = 4;
 
 impl Reader<'_> {
     /// Reads one document.
-    pub(crate) fn document(&mut self, tree: &Tree<'_>, sink: &Sink<'_>) {
+    fn document(&mut self, tree: &Tree<'_>, sink: &Sink<'_>) {
         self.object(Cursor::root(tree, sink), None, 0);
     }
 
@@ -132,6 +192,10 @@ impl Reader<'_> {
                     .objects
                     .extend(object.map(|o| Object::Namespace(Arc::new(o))));
             }
+            ("coordination.k8s.io", "Lease") => {
+                let object = self.lease(&f, line).map(|o| Object::Lease(Arc::new(o)));
+                self.manifest.objects.extend(object);
+            }
             ("kun.network", "IPPool") => {
                 let object = self.pool(f, line).map(|o| Object::IpPool(Arc::new(o)));
                 self.manifest.objects.extend(object);
@@ -188,9 +252,18 @@ impl Reader<'_> {
                 .into(),
             labels,
             annotations,
-            origin: Origin::File {
-                path: Arc::clone(&self.path),
-                line,
+            origin: match &self.writer {
+                Writer::File(path) => Origin::File {
+                    path: Arc::clone(path),
+                    line,
+                },
+                Writer::Server => Origin::Api {
+                    resource_version: m
+                        .get("resourceVersion")
+                        .and_then(|c| c.text())
+                        .unwrap_or_default()
+                        .into(),
+                },
             },
         })
     }
@@ -281,7 +354,7 @@ impl Reader<'_> {
             name: self
                 .names
                 .get(f.get("name").and_then(|c| c.text()).unwrap_or_default()),
-            protocol: protocol(f),
+            protocol: protocol(f)?,
             port: port(&f.require("port", "a port has a number")?)?,
             node_port: f
                 .get("nodePort")
@@ -328,7 +401,7 @@ impl Reader<'_> {
             name: self
                 .names
                 .get(f.get("name").and_then(|c| c.text()).unwrap_or_default()),
-            protocol: protocol(f),
+            protocol: protocol(f)?,
             port: port(&f.get("port")?)?,
         })
     }
@@ -449,6 +522,35 @@ impl Reader<'_> {
             pod.finished = matches!(phase, Some("Succeeded" | "Failed"));
         }
         Some(pod)
+    }
+
+    fn lease(&mut self, f: &Fields<'_, '_>, line: u32) -> Option<Lease> {
+        let meta = self.meta(f, line, true)?;
+        let mut lease = Lease {
+            meta,
+            holder: None,
+            duration_secs: None,
+            acquire_time: None,
+            renew_time: None,
+            transitions: 0,
+        };
+        if let Some(spec) = f.get("spec") {
+            let spec = spec.fields();
+            let text = |field| {
+                let text = spec.get(field).and_then(|c: Cursor<'_, '_>| c.text())?;
+                (!text.is_empty()).then(|| Arc::from(text))
+            };
+            lease.holder = text("holderIdentity");
+            lease.acquire_time = text("acquireTime");
+            lease.renew_time = text("renewTime");
+            let count = |field| {
+                let c: Cursor<'_, '_> = spec.get(field)?;
+                c.count(0, i32::MAX as u32)
+            };
+            lease.duration_secs = count("leaseDurationSeconds");
+            lease.transitions = count("leaseTransitions").unwrap_or_default();
+        }
+        Some(lease)
     }
 
     fn pool(&mut self, f: Fields<'_, '_>, line: u32) -> Option<IpPool> {
@@ -606,15 +708,17 @@ fn affinity_timeout(spec: &Fields<'_, '_>) -> u32 {
     timeout.unwrap_or(AFFINITY_DEFAULT)
 }
 
-fn protocol(f: &Fields<'_, '_>) -> Protocol {
+/// TCP where none is given; `None`: one that kun does not know, and no reason to call it TCP.
+fn protocol(f: &Fields<'_, '_>) -> Option<Protocol> {
     let choices = [
         ("TCP", Protocol::Tcp),
         ("UDP", Protocol::Udp),
         ("SCTP", Protocol::Sctp),
     ];
-    f.get("protocol")
-        .and_then(|c| c.choice(&choices))
-        .unwrap_or(Protocol::Tcp)
+    match f.get("protocol") {
+        Some(c) => c.choice(&choices),
+        None => Some(Protocol::Tcp),
+    }
 }
 
 fn port(c: &Cursor<'_, '_>) -> Option<u16> {

@@ -1,0 +1,19 @@
+//! The cluster's objects as every program sees them: types that hold only the fields that kun reads, the one reading that makes them
+//! from a tree, whoever wrote it, and the store that joins them. Pure: no source is opened here.
+
+#![forbid(unsafe_code)]
+
+mod kubernetes;
+mod model;
+mod resource;
+mod store;
+mod wanted;
+pub mod watch;
+
+pub use kubernetes::{
+    Interner, Manifest, Reading, ServiceAddress, parse_manifest, parse_with, read_api,
+};
+pub use model::*;
+pub use resource::{KUN_GROUP, Resource};
+pub use store::Store;
+pub use wanted::{Scope, Wanted};
