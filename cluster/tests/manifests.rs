@@ -112,6 +112,7 @@ status:
     assert_eq!(service.cluster_ips, [ip("fd00::1"), ip("10.96.0.1")]);
     assert_eq!(service.families, [IpFamily::V6, IpFamily::V4]);
     assert_eq!(service.load_balancer_ips, [ip("192.0.2.1")]);
+    assert!(service.load_balancer_named);
     assert_eq!(
         service.load_balancer_class.as_deref(),
         Some("kun.network/bgp")

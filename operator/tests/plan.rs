@@ -277,7 +277,7 @@ proptest! {
             }
             for node in store.nodes() {
                 for class in [SlotClass::Dual, SlotClass::V6Only] {
-                    let has = planned.assignments.blocks.iter().filter(|(b, n)| **n == node.meta.name.name && b.class() == class).count();
+                    let has = planned.assignments.blocks.iter().filter(|(b, n)| n.node == node.meta.name.name && b.class() == class).count();
                     let short = planned.shortages.iter().any(|s| {
                         matches!(s, Shortage::Blocks { node: n, class: c, .. } if *n == node.meta.name.name && *c == class)
                     });

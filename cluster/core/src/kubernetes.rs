@@ -326,11 +326,13 @@ impl Reader<'_> {
                 .and_then(|c: Cursor<'_, '_>| c.choice(&choices))
                 .unwrap_or_default()
         };
+        let (load_balancer_ips, load_balancer_named) = load_balancer(f);
         Some(Service {
             kind: kind.unwrap_or(ServiceType::ClusterIp),
             cluster_ips,
             families: families.unwrap_or_default(),
-            load_balancer_ips: load_balancer_ips(f),
+            load_balancer_ips,
+            load_balancer_named,
             load_balancer_class: spec
                 .get("loadBalancerClass")
                 .and_then(|c| c.text())
@@ -676,20 +678,24 @@ fn cluster_ip(c: &Cursor<'_, '_>) -> Option<IpAddr> {
     }
 }
 
-fn load_balancer_ips(f: &Fields<'_, '_>) -> Vec<IpAddr> {
+/// Addresses of status.loadBalancer.ingress, and whether an entry has none.
+fn load_balancer(f: &Fields<'_, '_>) -> (Vec<IpAddr>, bool) {
+    let none = (Vec::new(), false);
     let Some(status) = f.get("status") else {
-        return Vec::new();
+        return none;
     };
     let status = status.fields();
     let Some(balancer) = status.get("loadBalancer") else {
-        return Vec::new();
+        return none;
     };
     let balancer = balancer.fields();
     let Some(list) = balancer.get("ingress") else {
-        return Vec::new();
+        return none;
     };
     let ip = |c: Cursor<'_, '_>| c.fields().get("ip").and_then(|c| c.ip());
-    list.elements().filter_map(ip).collect()
+    let entries: Vec<Option<IpAddr>> = list.elements().map(ip).collect();
+    let named = entries.contains(&None);
+    (entries.into_iter().flatten().collect(), named)
 }
 
 fn affinity_timeout(spec: &Fields<'_, '_>) -> u32 {

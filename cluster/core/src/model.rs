@@ -154,6 +154,8 @@ pub struct Service {
     pub families: Vec<IpFamily>,
     /// status.loadBalancer.ingress[].ip; in a folder, else what the ServiceAddress of its name says.
     pub load_balancer_ips: Vec<IpAddr>,
+    /// status.loadBalancer.ingress has an entry without an address: the host name of another implementation's balancer.
+    pub load_balancer_named: bool,
     /// spec.loadBalancerClass: whose business its address is; `None`: the default implementation's.
     pub load_balancer_class: Option<Arc<str>>,
     /// spec.externalName

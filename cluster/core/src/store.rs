@@ -199,6 +199,11 @@ impl Store {
         self.blocks.values()
     }
 
+    /// A block's object.
+    pub fn block(&self, name: &ObjectName) -> Option<&Arc<IpamBlock>> {
+        self.blocks.get(name)
+    }
+
     /// The blocks of a node, by name.
     pub fn blocks_of(&self, node: &str) -> impl Iterator<Item = &Arc<IpamBlock>> {
         self.blocks.values().filter(move |b| &*b.node == node)

@@ -192,6 +192,14 @@ impl Blocks {
         Ok(owned)
     }
 
+    /// Whether there is any address to give.
+    pub(crate) fn any(&self) -> bool {
+        self.lock()
+            .owned
+            .as_ref()
+            .is_some_and(|owned| !owned.is_empty())
+    }
+
     /// What does not stand, for status.
     pub(crate) fn trouble(&self) -> Option<String> {
         self.lock().failed.clone()
