@@ -62,6 +62,7 @@ fn options(what: &str, manifests: PathBuf) -> Options {
         programs: programs(),
         keep: false,
         control_plane: false,
+        deploy: root().join("deploy"),
     }
 }
 

@@ -67,6 +67,7 @@ fn options(what: &str) -> Options {
         programs: programs(),
         keep: false,
         control_plane: true,
+        deploy: Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy"),
     }
 }
 

@@ -127,6 +127,7 @@ fn up(arguments: &Arguments) -> Result<bool> {
         programs: me.parent().unwrap_or(Path::new(".")).to_owned(),
         keep: arguments.keep,
         control_plane: arguments.control_plane,
+        deploy: PathBuf::from("deploy"),
     };
     down_on_signal(options.name.clone())?;
     let progress = Progress::new();

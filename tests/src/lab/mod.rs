@@ -21,7 +21,7 @@ pub mod topology;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -56,6 +56,8 @@ pub struct Options {
     pub keep: bool,
     /// On a real Kubernetes.
     pub control_plane: bool,
+    /// kun's manifests for a cluster: the folder `deploy`.
+    pub deploy: PathBuf,
 }
 
 /// Who starts pods and writes what the cluster's programs read.
@@ -94,7 +96,6 @@ pub struct Lab {
     pub ground: Ground,
     /// Pods ever started by the lab: the next one's number.
     started: usize,
-    mirror: Option<cluster::mirror::Mirror>,
     _cgroup: Cgroup,
     _bpffs: BpfFs,
     // Last: it is released when all else is gone.
@@ -116,7 +117,13 @@ impl Lab {
         );
         step("manifests");
         let mut application = manifests::read(&options.manifests)?;
-        let own = manifests::parse("the lab's own manifests", OWN)?;
+        let mut own = manifests::parse("the lab's own manifests", OWN)?;
+        if options.control_plane {
+            // The DNS server is part of kun's own manifests.
+            own.workloads.retain(|w| w.namespace == OWN_NAMESPACE);
+            own.services
+                .retain(|s| s.metadata.namespace == OWN_NAMESPACE);
+        }
         application.workloads.extend(own.workloads);
         application.services.extend(own.services);
         let mut notes = std::mem::take(&mut application.notes);
@@ -150,6 +157,7 @@ impl Lab {
                 machine,
                 &places,
                 cgroup.child(machine.name)?,
+                options.control_plane,
             )?);
         }
         let mut lab = Self {
@@ -165,13 +173,12 @@ impl Lab {
             notes,
             ground: Ground::Played,
             started: 0,
-            mirror: None,
             _cgroup: cgroup,
             _bpffs: bpffs,
             _lock: lock,
         };
         let raised = match options.control_plane {
-            true => lab.raise_cluster(&application, plans.len(), step),
+            true => lab.raise_cluster(&application, plans.len(), &options.deploy, step),
             false => lab.raise(plans, &application.others, step),
         };
         if let Err(e) = raised {
@@ -209,24 +216,23 @@ impl Lab {
         &mut self,
         application: &Application,
         count: usize,
+        deploy: &Path,
         step: &mut dyn FnMut(&str),
     ) -> Result<()> {
         step("control plane, containerd and kubelet on every machine");
-        let mut cluster = Cluster::start(&self.name, &self.places, &self.topology, &self.nodes)?;
-        self.folder.write("ground.yaml", &folder::ground(&[]))?;
-        self.mirror = Some(cluster::mirror::Mirror::start(&cluster, &self.folder)?);
-        self.start_programs(step)?;
+        let cluster = Cluster::start(&self.name, &self.places, &self.topology, &self.nodes)?;
+        self.ground = Ground::Cluster(Box::new(cluster));
+        let Ground::Cluster(cluster) = &mut self.ground else {
+            unreachable!("it was just made");
+        };
+        step("kun, by deploy/");
+        cluster.install(deploy, &self.nodes, &self.places.directory)?;
         step("nodes ready");
         cluster.wait_for_nodes()?;
         step("objects");
-        cluster.apply(&cluster::objects::of(
-            application,
-            &self.services,
-            self.folder.path(),
-        )?)?;
+        cluster.apply(&cluster::objects::of(application, &self.services))?;
         cluster.address(&mut self.services)?;
-        self.pods = cluster.pods(count, step)?;
-        self.ground = Ground::Cluster(Box::new(cluster));
+        self.pods = cluster.pods(count + cluster::install::DNS_PODS, step)?;
         Ok(())
     }
 
@@ -391,12 +397,20 @@ impl Lab {
 
     /// What each node owns, by the operator's word.
     pub fn blocks(&self) -> Result<BTreeMap<String, Vec<kun_config::types::BlockId>>> {
-        Ok(folder::blocks(&self.folder.objects()?))
+        Ok(folder::blocks(&match &self.ground {
+            Ground::Played => self.folder.objects()?,
+            Ground::Cluster(cluster) => cluster.get("ipamblocks.kun.network")?,
+        }))
     }
 
     /// LoadBalancer addresses by `namespace/name`, by the operator's word.
     pub fn load_balancers(&self) -> Result<BTreeMap<String, Vec<IpAddr>>> {
-        Ok(folder::load_balancers(&self.folder.objects()?))
+        match &self.ground {
+            Ground::Played => Ok(folder::load_balancers(&self.folder.objects()?)),
+            Ground::Cluster(cluster) => {
+                Ok(cluster::objects::load_balancers(&cluster.get("services")?))
+            }
+        }
     }
 
     /// How to look inside, for people.
@@ -404,8 +418,12 @@ impl Lab {
         let mut text = String::from("The lab stands. Look inside:\n");
         let kunctl = self.places.programs.join("kunctl");
         for node in &self.nodes {
+            let door = match &self.ground {
+                Ground::Played => String::new(),
+                Ground::Cluster(_) => format!("{}/enter ", node.directory.display()),
+            };
             text.push_str(&format!(
-                "  {} --config {} status\n",
+                "  {door}{} --config {} status\n",
                 kunctl.display(),
                 node.config().display()
             ));
@@ -444,7 +462,12 @@ impl Lab {
     }
 
     /// Lets it stand.
-    pub fn keep(self) {
+    pub fn keep(mut self) {
+        if let Ground::Cluster(cluster) = std::mem::replace(&mut self.ground, Ground::Played)
+            && let Err(e) = cluster.keep()
+        {
+            eprintln!("lab: the control plane ends with this program: {e:#}");
+        }
         // Its processes go on: nobody drops them. The lock goes with this process.
         std::mem::forget(self);
     }

@@ -168,7 +168,8 @@ fn pod_to_pod<'a>(lab: &'a Lab, from: &'a Pod) -> Vec<Probe<'a>> {
                 .plan
                 .ports
                 .iter()
-                .find(|p| p.protocol == "TCP" && p.container_port != 53);
+                // The DNS servers answer as DNS servers do.
+                .find(|p| p.protocol == "TCP" && to.plan.namespace != "kube-system");
             let Some(port) = port.map(|p| p.container_port) else {
                 continue;
             };

@@ -1,4 +1,4 @@
-//! A machine as Kubernetes has it: a containerd with runc and our CNI configuration, and a kubelet, in a room of their own.
+//! A machine as Kubernetes has it: a containerd with runc, and a kubelet, in a room of their own.
 //!
 //! What the settings are for: the machine may have cgroup v1 controllers beside v2 (the kubelet refuses that unless told), has
 //! no systemd, and must keep its sysctls, its iptables and the memory of its other programs. Everything else is default.
@@ -58,14 +58,7 @@ impl Runtime {
     ) -> Result<Self> {
         let machine = node.machine;
         let directory = node.directory.clone();
-        let cni = directory.join("cni");
-        fs::create_dir_all(&cni)?;
-        fs::write(
-            directory.join("containerd.toml"),
-            containerd_toml(&cni, &places.programs),
-        )?;
-        // The runtime sees either no file or the whole of it: with none it says that the network is not ready.
-        fs::write(cni.join("10-kun.conflist"), conflist(&node.config()))?;
+        fs::write(directory.join("containerd.toml"), containerd_toml())?;
         // The kubelet wants its root in every hierarchy that there is; runc makes the rest.
         for root in cgroup_mounts()? {
             let path = name.cgroup(&root).join(machine.name);
@@ -135,6 +128,17 @@ impl Runtime {
             String::from_utf8_lossy(&output.stderr)
         );
         Ok(())
+    }
+
+    /// A way in for people, as a script.
+    pub fn write_door(&self) -> Result<()> {
+        let text = format!(
+            "#!/bin/sh\n# Runs a command on {}; a shell without one.\n[ $# -gt 0 ] || set -- sh\n\
+             exec nsenter --target {} --mount --uts --net -- \"$@\"\n",
+            self.machine.name,
+            self.room.pid()
+        );
+        write_script(&self.directory.join("enter"), &text)
     }
 
     /// What ended that should not have.
@@ -230,7 +234,8 @@ fn path() -> Result<std::ffi::OsString> {
     std::env::join_paths(directories).context("PATH")
 }
 
-fn containerd_toml(cni: &Path, programs: &Path) -> String {
+/// Plugins and their lists are where everybody has them: kun's manifests place them.
+fn containerd_toml() -> String {
     format!(
         r#"version = 4
 imports = []
@@ -250,30 +255,21 @@ restrict_oom_score_adj = true
 runtime_type = "io.containerd.runc.v2"
 
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
-BinaryName = "{runc}"
+BinaryName = "{RUNC}"
 
 [plugins."io.containerd.cri.v1.runtime".cni]
-bin_dirs = ["{programs}"]
-conf_dir = "{cni}"
+bin_dirs = ["/opt/cni/bin"]
+conf_dir = "/etc/cni/net.d"
 use_internal_loopback = true
 "#,
         pause = image::PAUSE,
-        runc = RUNC,
-        programs = programs.display(),
-        cni = cni.display(),
     )
 }
 
-/// As the README gives it to people.
-fn conflist(config: &Path) -> String {
-    let network = json!({
-        "cniVersion": "1.1.0",
-        "name": "kun",
-        "plugins": [{
-            "type": "kun-cni",
-            "kunConfig": config,
-            "capabilities": {"io.kubernetes.cri.pod-annotations": true},
-        }],
-    });
-    network.to_string()
+/// A file that people execute.
+pub fn write_script(path: &Path, text: &str) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::write(path, text)
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o755)))
+        .with_context(|| format!("writing {}", path.display()))
 }

@@ -1,30 +1,29 @@
 //! The lab's other ground: a real Kubernetes. An API server with etcd, the controllers and the scheduler run on a machine of the
-//! fabric; every node has a real containerd and a real kubelet; pods are their work, and EndpointSlices the controllers'.
+//! fabric; every node has a real containerd and a real kubelet; pods are their work, and EndpointSlices the controllers'. kun runs
+//! as `deploy/` installs it.
 //!
 //! Refuses what the lab plays elsewhere: it starts no pod, and writes no EndpointSlice.
 
 pub mod image;
+pub mod install;
 pub mod machine;
-pub mod mirror;
 pub mod objects;
 pub mod room;
 pub mod watch;
 
-use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use kun_harness::{Netns, Process, wait_for};
+use kun_harness::{ControlPlane, Netns, wait_for};
 use serde_json::{Value, json};
 
 use super::client::Client;
 use super::expand::ServicePlan;
 use super::names::{CONTROL, LabName, MACHINES};
-use super::node::{Node, Places, last_line};
+use super::node::{Node, Places};
 use super::pod::Pod;
 use super::topology::Topology;
 use crate::control_plane;
@@ -35,28 +34,25 @@ use watch::Watch;
 const PORT: u16 = 6443;
 /// Ranges of cluster addresses: IPv6 first, which makes it the first family of every Service.
 const SERVICES: &str = "fd00:10:96::/112,10.96.0.0/16";
-/// For the node controller alone: pods get theirs from kun.
-const POD_RANGES: &str = "fd00:10:244::/56,10.244.0.0/16";
+/// What the image holds: the pods' server, and all of kun.
+const PROGRAMS: [&str; 6] = [
+    "kun-lab",
+    "kun-proxy",
+    "kun-cni",
+    "kun-dns",
+    "kun-operator",
+    "kunctl",
+];
 /// Pods are scheduled and started two by two on a small machine; a busy one takes its time.
 const READY_WITHIN: Duration = Duration::from_secs(180);
-
-/// What the control plane says of itself once it is ready.
-#[derive(Debug, serde::Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Ready {
-    kubeconfig: PathBuf,
-    ca: PathBuf,
-    node_kubeconfigs: BTreeMap<String, PathBuf>,
-}
 
 /// A control plane and its nodes.
 #[derive(Debug)]
 pub struct Cluster {
     /// Nodes and gateway, in the order of [`MACHINES`].
     pub runtimes: Vec<Runtime>,
-    ready: Ready,
+    plane: ControlPlane,
     control: PathBuf,
-    _plane: Process,
 }
 
 impl Cluster {
@@ -94,20 +90,18 @@ impl Cluster {
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             Ok::<_, anyhow::Error>((plane?, runtimes?))
         })?;
-        let (plane, ready) = plane;
         for (runtime, node) in runtimes.iter_mut().zip(nodes) {
-            let kubeconfig = ready
-                .node_kubeconfigs
-                .get(node.machine.name)
+            let kubeconfig = plane
+                .node_kubeconfig(node.machine.name)
                 .context("the control plane made no kubeconfig for the node")?;
             let netns = topology.machine(node.machine);
-            runtime.start_kubelet(name, netns, kubeconfig, &ready.ca)?;
+            runtime.start_kubelet(name, netns, kubeconfig, plane.ca())?;
+            runtime.write_door()?;
         }
         let cluster = Self {
             runtimes,
-            ready,
+            plane,
             control: control.path(),
-            _plane: plane,
         };
         cluster.write_door(&places.directory)?;
         Ok(cluster)
@@ -125,7 +119,7 @@ impl Cluster {
 
     /// An administrator's kubeconfig.
     pub fn kubeconfig(&self) -> &Path {
-        &self.ready.kubeconfig
+        self.plane.kubeconfig()
     }
 
     /// `kubectl` as the administrator, where the API server is in reach.
@@ -135,31 +129,35 @@ impl Cluster {
             .arg(format!("--net={}", self.control.display()))
             .arg(control_plane::binary())
             .arg("kubectl")
-            .env("KUBECONFIG", self.kubeconfig());
+            .env("KUBECONFIG", self.kubeconfig())
+            .env("KUBECACHEDIR", self.plane.dir().join("kubectl"));
         command
     }
 
     /// Runs `kubectl`; its standard output.
     pub fn kubectl(&self, words: &[&str], input: &str) -> Result<String> {
-        let mut command = self.kubectl_command();
-        command
-            .args(words)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut kubectl = command.spawn().context("starting kubectl")?;
-        {
-            let mut pipe = kubectl.stdin.take().context("kubectl has an input")?;
-            pipe.write_all(input.as_bytes())?;
-        }
-        let done = kubectl.wait_with_output()?;
-        ensure!(
-            done.status.success(),
-            "kubectl {}: {}",
-            words.join(" "),
-            String::from_utf8_lossy(&done.stderr).trim()
-        );
-        Ok(String::from_utf8(done.stdout)?)
+        self.plane.kubectl(words, input)
+    }
+
+    /// Installs kun by `deploy/`, and gives it its addresses.
+    pub fn install(&self, deploy: &Path, nodes: &[Node], lab: &Path) -> Result<()> {
+        let overlay = install::write(deploy, nodes, lab)?;
+        let overlay = overlay.to_str().context("a path that is UTF-8")?;
+        self.kubectl(&["apply", "--server-side", "-k", overlay], "")?;
+        // A kind that was just defined is served a moment later.
+        let words = ["wait", "--for=condition=Established", "crd", "--all"];
+        self.kubectl(&words, "")?;
+        self.apply(&[install::pool()])
+    }
+
+    /// Lets it stand when this process ends.
+    pub fn keep(self) -> Result<()> {
+        let Self {
+            runtimes, plane, ..
+        } = self;
+        // Their processes go on: nobody drops them.
+        std::mem::forget(runtimes);
+        plane.keep().map(drop)
     }
 
     /// Every object of these kinds, `pods,services`.
@@ -181,13 +179,16 @@ impl Cluster {
         Watch::start(self.kubectl_command(), kind)
     }
 
-    /// Waits until there are so many pods and all are ready; they come as the probes want them.
+    /// Waits until there are so many pods in the pods' network and every pod is ready; they come as the probes want them.
     pub fn pods(&mut self, count: usize, step: &mut dyn FnMut(&str)) -> Result<Vec<Pod>> {
         let watch = self.watch("pods")?;
         let mut told_of = None;
         let waited = wait_for("every pod being ready", READY_WITHIN, || {
             let pods = watch.objects();
-            let ready = pods.iter().filter(|pod| is_ready(pod)).count();
+            let there = pods.iter().filter(|pod| !on_host(pod)).count();
+            let ready = pods.iter().filter(|pod| is_ready(pod) && !on_host(pod));
+            let ready = ready.count();
+            let all = pods.iter().all(is_ready);
             if told_of != Some(ready) {
                 step(&format!("pods ready: {ready} of {count}"));
                 told_of = Some(ready);
@@ -195,7 +196,7 @@ impl Cluster {
             let ended = self.runtimes.iter_mut().find_map(Runtime::ended);
             match ended {
                 Some(ended) => Some(Err(ended)),
-                None => (pods.len() == count && ready == count).then_some(Ok(())),
+                None => (all && there == count).then_some(Ok(())),
             }
         });
         let pods = watch.objects();
@@ -204,6 +205,7 @@ impl Cluster {
             format!("{} of {count} pods; {}", pods.len(), waiting.join("; "))
         })??;
         pods.iter()
+            .filter(|pod| !on_host(pod))
             .filter_map(|pod| pod_of(pod).transpose())
             .collect()
     }
@@ -212,7 +214,7 @@ impl Cluster {
     pub fn pods_now(&self) -> Result<Vec<Pod>> {
         self.get("pods")?
             .iter()
-            .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null())
+            .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null() && !on_host(pod))
             .filter_map(|pod| pod_of(pod).transpose())
             .collect()
     }
@@ -254,63 +256,32 @@ impl Cluster {
 
     /// A `kubectl` for people, who are not in the API server's network.
     fn write_door(&self, directory: &Path) -> Result<()> {
-        use std::os::unix::fs::PermissionsExt;
-        let path = directory.join("kubectl");
         let text = format!(
             "#!/bin/sh\nexport KUBECONFIG={}\nexec nsenter --net={} {} kubectl \"$@\"\n",
             self.kubeconfig().display(),
             self.control.display(),
             control_plane::binary().display(),
         );
-        std::fs::write(&path, text)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))
-            .with_context(|| path.display().to_string())
+        machine::write_script(&directory.join("kubectl"), &text)
     }
 }
 
-fn start_plane(places: &Places, control: &Netns) -> Result<(Process, Ready)> {
+fn start_plane(places: &Places, control: &Netns) -> Result<ControlPlane> {
     // Seen from every machine, whose kubelet has its credentials there.
     let directory = places.directory.join("control");
     std::fs::create_dir_all(&directory)?;
-    let nodes: Vec<&str> = MACHINES.iter().map(|m| m.name).collect();
-    // It ends when its standard input does. This one never does, so that the cluster may outlive us; what is in its
-    // namespace goes with that.
-    let fifo = directory.join("stdin");
-    rustix::fs::mknodat(
-        rustix::fs::CWD,
-        &fifo,
-        rustix::fs::FileType::Fifo,
-        rustix::fs::Mode::from_raw_mode(0o600),
-        0,
-    )
-    .with_context(|| format!("making {}", fifo.display()))?;
-    let log = places.directory.join("control-plane.log");
-    let mut command = Command::new("/bin/sh");
-    command
-        .args(["-c", "fifo=$1; shift; exec \"$@\" <>\"$fifo\"", "sh"])
-        .arg(&fifo)
-        .arg(control_plane::binary())
-        .arg("serve")
-        .arg("--dir")
-        .arg(&directory)
-        .args(["--bind", &CONTROL.v6().to_string()])
-        .args(["--port", &PORT.to_string()])
-        .args(["--service-cidr", SERVICES, "--pod-cidr", POD_RANGES])
-        .args(["--nodes", &nodes.join(","), "--scheduler"]);
-    super::outside::logged(&mut command, &log)?;
-    command.stdout(Stdio::piped());
-    let mut plane = control.spawn(command)?;
-    let output = plane.stdout.take().context("a piped child has an output")?;
-    let mut line = String::new();
-    BufReader::new(output).read_line(&mut line)?;
-    ensure!(
-        !line.is_empty(),
-        "the control plane did not come up: {}",
-        last_line(&log)
-    );
-    let ready =
-        serde_json::from_str(&line).with_context(|| format!("the control plane said {line:?}"))?;
-    Ok((plane, ready))
+    ControlPlane::builder()
+        .context("the control plane is not built: cargo xtask peers")?
+        .netns(control.path())
+        .bind(CONTROL.v6().into())
+        .port(PORT)
+        .service_cidrs(SERVICES)
+        // Pods get theirs from kun.
+        .pod_cidrs("")
+        .nodes(MACHINES.iter().map(|machine| machine.name))
+        .scheduler()
+        .dir(directory)
+        .start()
 }
 
 fn start_runtimes(
@@ -321,7 +292,10 @@ fn start_runtimes(
 ) -> Result<Vec<Runtime>> {
     let archive = places.directory.join("image.tar");
     image::write(
-        &[places.program("kun-lab")?, places.program("kun-dns")?],
+        &PROGRAMS
+            .iter()
+            .map(|name| places.program(name))
+            .collect::<Result<Vec<_>>>()?,
         &archive,
     )?;
     let runtimes = std::thread::scope(|scope| {
@@ -355,6 +329,11 @@ pub fn is_ready(pod: &Value) -> bool {
         .flatten()
         .any(|c| c["type"] == "Ready" && c["status"] == "True");
     ready && pod["metadata"]["deletionTimestamp"].is_null()
+}
+
+/// Whether it has its node's addresses.
+fn on_host(pod: &Value) -> bool {
+    pod["spec"]["hostNetwork"] == true
 }
 
 /// Why a pod is not ready, in a few words.

@@ -2,7 +2,7 @@
 //! listening where their services point. From there on, pods and EndpointSlices are the real controllers' work.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -11,19 +11,12 @@ use super::super::expand::{PodPlan, ServicePlan, listen_where_services_point};
 use super::super::manifests::{Application, ContainerPort, Service, Workload};
 use super::super::names::MACHINES;
 use super::super::node::machine;
-use super::super::pod::{DNS_READY, corefile_text, dns_configuration, first_tcp, server_words};
+use super::super::pod::{first_tcp, server_words};
 use super::super::server::READY_PATH;
 use super::image;
 
-/// Where the DNS server's pod has its configuration.
-const DNS_FOLDER: &str = "/etc/kun";
-
 /// Every object, in the order in which it must be made.
-pub fn of(
-    application: &Application,
-    services: &[ServicePlan],
-    folder: &Path,
-) -> Result<Vec<Value>> {
+pub fn of(application: &Application, services: &[ServicePlan]) -> Vec<Value> {
     let mut objects = namespaces(application);
     objects.extend(
         application
@@ -33,13 +26,9 @@ pub fn of(
             .cloned(),
     );
     objects.extend(application.services.iter().map(service));
-    for given in &application.workloads {
-        if is_dns(given) {
-            objects.push(dns_files(&given.namespace, folder)?);
-        }
-        objects.push(workload(given, services, folder));
-    }
-    Ok(objects)
+    let workloads = application.workloads.iter();
+    objects.extend(workloads.map(|given| workload(given, services)));
+    objects
 }
 
 fn namespaces(application: &Application) -> Vec<Value> {
@@ -72,35 +61,14 @@ fn service(service: &Service) -> Value {
     })
 }
 
-fn is_dns(workload: &Workload) -> bool {
-    let labels = &workload.template.metadata.labels;
-    workload.namespace == "kube-system"
-        && labels.get("k8s-app").is_some_and(|app| app == "kube-dns")
-}
-
-/// The DNS server's kun.yaml and Corefile.
-fn dns_files(namespace: &str, folder: &Path) -> Result<Value> {
-    let mut config = dns_configuration(&Path::new(DNS_FOLDER).join("Corefile"));
-    config["cluster"] = json!({"folder": folder});
-    Ok(json!({
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": "kun-dns", "namespace": namespace},
-        "data": {"kun.yaml": serde_saphyr::to_string(&config)?, "Corefile": corefile_text()},
-    }))
-}
-
-fn workload(given: &Workload, services: &[ServicePlan], folder: &Path) -> Value {
+fn workload(given: &Workload, services: &[ServicePlan]) -> Value {
     let mut labels = given.template.metadata.labels.clone();
     if labels.is_empty() {
         // A selector must select something.
         labels.insert("kun-lab/workload".to_owned(), given.name.clone());
     }
     let ports = ports(given, &labels, services);
-    let mut spec = match is_dns(given) {
-        true => dns_pod(&ports, folder),
-        false => server_pod(&ports, given.kind == "StatefulSet"),
-    };
+    let mut spec = server_pod(&ports, given.kind == "StatefulSet");
     let template = &given.template.spec;
     for (field, value) in [
         ("hostname", &template.hostname),
@@ -174,24 +142,6 @@ fn server_pod(ports: &[ContainerPort], over_tcp: bool) -> Value {
     })
 }
 
-fn dns_pod(ports: &[ContainerPort], folder: &Path) -> Value {
-    let words = ["--config".to_owned(), format!("{DNS_FOLDER}/kun.yaml")];
-    let mut container = container("kun-dns", "kun-dns", &words, ports);
-    container["readinessProbe"] = probe(json!({"httpGet": {"path": "/ready", "port": DNS_READY}}));
-    container["volumeMounts"] = json!([
-        {"name": "files", "mountPath": DNS_FOLDER},
-        {"name": "folder", "mountPath": folder},
-    ]);
-    json!({
-        "containers": [container],
-        "volumes": [
-            {"name": "files", "configMap": {"name": "kun-dns"}},
-            {"name": "folder", "hostPath": {"path": folder}},
-        ],
-        "terminationGracePeriodSeconds": 10,
-    })
-}
-
 fn container(name: &str, program: &str, words: &[String], ports: &[ContainerPort]) -> Value {
     let field = |name: &str, path: &str| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
     let ports: Vec<Value> = ports
@@ -220,6 +170,25 @@ fn probe(mut how: Value) -> Value {
     how["failureThreshold"] = json!(2);
     how["timeoutSeconds"] = json!(2);
     how
+}
+
+/// LoadBalancer addresses by `namespace/name`, from the Services' status.
+pub fn load_balancers(services: &[Value]) -> BTreeMap<String, Vec<IpAddr>> {
+    let mut found = BTreeMap::new();
+    for service in services
+        .iter()
+        .filter(|s| s["spec"]["type"] == "LoadBalancer")
+    {
+        let word = |field: &str| service["metadata"][field].as_str().unwrap_or_default();
+        let ingress = service["status"]["loadBalancer"]["ingress"].as_array();
+        let ips = ingress.into_iter().flatten();
+        let ips = ips.filter_map(|entry| entry["ip"].as_str()?.parse().ok());
+        found.insert(
+            format!("{}/{}", word("namespace"), word("name")),
+            ips.collect(),
+        );
+    }
+    found
 }
 
 /// A pod of the API server's, as the lab's probes want it. `None`: not on a node, or without addresses.
@@ -277,7 +246,7 @@ spec: {selector: {app: web}, ports: [{name: http, port: 80, targetPort: http}, {
     fn a_workload_runs_the_labs_image_and_listens_where_services_point() {
         let application = manifests::parse("test", SHOP).unwrap();
         let services = expand::services(&application).unwrap();
-        let objects = of(&application, &services, Path::new("/cluster")).unwrap();
+        let objects = of(&application, &services);
         let kinds: Vec<&str> = objects
             .iter()
             .map(|o| o["kind"].as_str().unwrap())

@@ -1,10 +1,11 @@
 //! A machine's own view of the file system and its own host name: what separates the container runtimes and kubelets of several
 //! machines on one. A process holds the namespaces; whoever belongs to the machine is started inside them.
 //!
-//! Inside, a machine looks like one: `/run`, `/var/lib` and `/var/log` are its own, so containerd and the kubelet have their
-//! default paths. Nothing of it is mounted outside, so it is gone with the last process inside.
+//! Inside, a machine looks like one: `/run`, `/var/lib`, `/var/log`, `/opt` and the bpffs are its own, and so is what it writes below
+//! `/etc`, so that containerd, the kubelet and kun's manifests find their default paths. Nothing of it is mounted outside, so it is
+//! gone with the last process inside.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -148,6 +149,14 @@ fn furnish(plan: &Plan) -> Result<()> {
         make(&directory)?;
     }
     mount_bind_recursive(&run, "/run").context("binding /run")?;
+    bind(
+        &plan.lab.join("bpf").join(&plan.hostname),
+        Path::new("/sys/fs/bpf"),
+    )?;
+    let opt = state.join("opt");
+    make(&opt)?;
+    bind(&opt, Path::new("/opt"))?;
+    over_etc(&state.join("etc"))?;
     bind(&log, Path::new("/var/log"))?;
     // Last: the machine's own files lie below it, too.
     bind(&lib, Path::new("/var/lib"))?;
@@ -157,6 +166,28 @@ fn furnish(plan: &Plan) -> Result<()> {
         MountPropagationFlags::SHARED | MountPropagationFlags::REC,
     )
     .context("sharing mounts among the machine's own")
+}
+
+/// The machine's own layer over the real `/etc`.
+fn over_etc(layer: &Path) -> Result<()> {
+    let (upper, work) = (layer.join("upper"), layer.join("work"));
+    make(&upper)?;
+    make(&work)?;
+    let options = format!(
+        "lowerdir=/etc,upperdir={},workdir={}",
+        upper.display(),
+        work.display()
+    );
+    let options = CString::new(options)?;
+    let flags = MountFlags::empty();
+    mount(
+        c"overlay",
+        "/etc",
+        c"overlay",
+        flags,
+        Some(options.as_c_str()),
+    )
+    .context("mounting an overlay over /etc")
 }
 
 fn make(directory: &Path) -> Result<()> {
