@@ -18,7 +18,7 @@ use crate::events;
 use crate::generated::GeneratedError;
 use crate::gone::Gone;
 use crate::memory::{Kept, Memory};
-use crate::plan::{Assignments, Plan, Pools, Shortage, block_of, is_ours, owner_of};
+use crate::plan::{Assignments, Plan, Pools, Shortage, is_ours, owner_of};
 use crate::writes::{self, Write, writes};
 
 /// The first wait after a failure is half of this or less, each next one twice as long, …
@@ -207,7 +207,7 @@ impl Memory for Claims {
             addresses.insert(service.meta.name.clone(), list);
         }
         Assignments {
-            blocks: store.blocks().map(|b| (block_of(b), owner_of(b))).collect(),
+            blocks: store.blocks().map(|b| (b.block(), owner_of(b))).collect(),
             returned: self.gone.returned(store, now, self.cooldown),
             addresses,
         }

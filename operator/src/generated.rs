@@ -8,12 +8,13 @@ use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use kun_cluster::crd::block_name;
 use kun_cluster::folder::parse_manifest;
 use kun_cluster::{Object, ObjectName};
 use kun_config::Faults;
 use kun_config::types::BlockId;
 
-use crate::plan::{Assignments, Owner, block_of, owner_of};
+use crate::plan::{Assignments, Owner, owner_of};
 
 /// The sub-folder.
 pub const FOLDER: &str = "kun-generated";
@@ -135,7 +136,7 @@ fn read(path: &Path, held: &mut Assignments) -> Result<(), GeneratedError> {
         let Object::IpamBlock(block) = object else {
             return Err(GeneratedError::Foreign(path.to_owned()));
         };
-        held.blocks.insert(block_of(&block), owner_of(&block));
+        held.blocks.insert(block.block(), owner_of(&block));
     }
     for address in manifest.addresses {
         held.addresses.insert(address.meta.name, address.addresses);
@@ -154,12 +155,11 @@ fn quoted(text: &str) -> serde_json::Value {
 fn blocks_text(blocks: &BTreeMap<BlockId, Owner>) -> String {
     let mut text = HEAD.to_owned();
     for (block, owner) in blocks {
-        let first = block.first();
-        let name = first.to_string().replace('.', "-");
+        let (first, name) = (block.first(), block_name(*block));
         // Writing to a String cannot fail.
         let _ = write!(
             text,
-            "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata:\n  name: block-{name}\nspec:\n  first: {first}\n  node: {}\n",
+            "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata:\n  name: {name}\nspec:\n  first: {first}\n  node: {}\n",
             quoted(&owner.node)
         );
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use kun_cluster::Store;
 use kun_config::types::BlockId;
 
-use crate::plan::{Owner, block_of, owner_of};
+use crate::plan::{Owner, owner_of};
 
 /// Owners without a Node, and since when. Bounded by the blocks there are.
 #[derive(Debug, Default)]
@@ -39,7 +39,7 @@ impl Gone {
                 .is_some_and(|since| now >= *since + cooldown)
         };
         let blocks = store.blocks().filter(|block| rested(&owner_of(block)));
-        blocks.map(|block| block_of(block)).collect()
+        blocks.map(|block| block.block()).collect()
     }
 
     /// How long until there are more of them.

@@ -83,11 +83,12 @@ pub struct Pools {
 impl Pools {
     /// From the IPPool objects; a class of slots that none of them has comes from `kun.yaml`.
     pub fn of(store: &Store, ipam: &Ipam) -> Self {
-        let is_shadow = |net: &Ipv4Net| Slot::from(net.network()).class() == SlotClass::V6Only;
-        let (mut v6_only, mut dual): (Vec<Ipv4Net>, Vec<Ipv4Net>) = store
-            .pools()
-            .flat_map(|pool| pool.pods.iter().copied())
-            .partition(is_shadow);
+        let ranges = |class| {
+            let ranges = store.pools().flat_map(|pool| &pool.spec.pods);
+            let ranges = ranges.filter(move |range| range.class() == class);
+            ranges.map(|range| ***range).collect::<Vec<Ipv4Net>>()
+        };
+        let (mut dual, mut v6_only) = (ranges(SlotClass::Dual), ranges(SlotClass::V6Only));
         if dual.is_empty() {
             dual.clone_from(&ipam.v4_pools);
         }
@@ -95,8 +96,9 @@ impl Pools {
             v6_only.push(ipam.v6_only_pool);
         }
         let services = store.pools().flat_map(|pool| {
-            let v4 = pool.services_v4.iter().map(|net| IpNet::V4(*net));
-            v4.chain(pool.services_v6.iter().map(|net| IpNet::V6(*net)))
+            let ranges = &pool.spec.services;
+            let v4 = ranges.v4.iter().map(|net| IpNet::V4(net.0));
+            v4.chain(ranges.v6.iter().map(|net| IpNet::V6(net.0)))
         });
         Self {
             dual,
@@ -239,8 +241,8 @@ fn plan_blocks(
     let mut owners = before.blocks.clone();
     let mut draining: BTreeSet<BlockId> = BTreeSet::new();
     for object in store.blocks() {
-        let (block, claimed) = (block_of(object), owner_of(object));
-        if is_draining(object) {
+        let (block, claimed) = (object.block(), owner_of(object));
+        if object.spec.draining {
             draining.insert(block);
         }
         let owner = owners.entry(block).or_insert_with(|| claimed.clone());
@@ -300,27 +302,16 @@ fn plan_blocks(
     ours
 }
 
-/// The block that an object is about.
-pub fn block_of(object: &IpamBlock) -> BlockId {
-    object.block
-}
-
 /// Whom an IPAMBlock object names.
 pub fn owner_of(object: &IpamBlock) -> Owner {
     Owner {
-        node: Arc::clone(&object.node),
-        uid: None,
+        node: Arc::clone(object.node()),
+        uid: object
+            .spec
+            .node_uid
+            .as_ref()
+            .map(|uid| Arc::clone(uid.shared())),
     }
-}
-
-/// The number of owners so far.
-pub fn epoch_of(_object: &IpamBlock) -> i64 {
-    1
-}
-
-/// Whether its owner gives out no more slots of it, and so needs another.
-fn is_draining(_object: &IpamBlock) -> bool {
-    false
 }
 
 /// The blocks of a range, ascending. A range smaller than a block has none.

@@ -3,11 +3,12 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use kun_cluster::crd::block_name;
 use kun_cluster::{IpamBlock, Meta, ObjectName, Origin, Service, Store};
 use kun_config::types::BlockId;
 use serde_json::{Value, json};
 
-use crate::plan::{Assignments, Owner, block_of, epoch_of, owner_of};
+use crate::plan::{Assignments, Owner, owner_of};
 
 /// One write. What it replaces it names by resourceVersion: if that is not what stands there, nothing is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +48,7 @@ pub enum Write {
 pub fn writes(store: &Store, wanted: &Assignments) -> Vec<Write> {
     let objects: std::collections::BTreeMap<BlockId, &Arc<IpamBlock>> = store
         .blocks()
-        .map(|object| (block_of(object), object))
+        .map(|object| (object.block(), object))
         .collect();
     let blocks = wanted.blocks.iter().filter_map(|(block, owner)| {
         let (block, owner) = (*block, owner.clone());
@@ -58,7 +59,7 @@ pub fn writes(store: &Store, wanted: &Assignments) -> Vec<Write> {
             block,
             name: object.meta.name.clone(),
             owner,
-            epoch: epoch_of(object) + 1,
+            epoch: object.spec.epoch + 1,
             version: version(&object.meta),
         })
     });
@@ -86,11 +87,6 @@ fn version(meta: &Meta) -> Arc<str> {
         // Not read from a server, so no server has it.
         Origin::File { .. } => "".into(),
     }
-}
-
-/// The one name that the object of a block may have.
-pub fn block_name(block: BlockId) -> String {
-    format!("block-{}", block.first().to_string().replace('.', "-"))
 }
 
 /// An IPAMBlock that is new.

@@ -1,7 +1,8 @@
-//! `cargo xtask`: setup, test, lab, tidy, bench, ebpf, vm. Needs nothing but Rust to start; installs the rest by `setup`.
+//! `cargo xtask`: setup, test, lab, tidy, bench, ebpf, crds, vm. Needs nothing but Rust to start; installs the rest by `setup`.
 
 mod bench;
 mod command;
+mod crds;
 mod ebpf;
 mod lab;
 mod peers;
@@ -40,6 +41,12 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Write the CustomResourceDefinitions in deploy/crds/ as the Rust types have them.
+    Crds {
+        /// Compare with the committed ones; change nothing.
+        #[arg(long)]
+        check: bool,
+    },
     /// Build the peers that Debian does not package: a Kubernetes control plane. Once, into the cache.
     Peers,
     /// Run a test binary under another kernel.
@@ -54,6 +61,7 @@ fn main() -> ExitCode {
         Task::Tidy => tidy::run(),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Ebpf { check } => ebpf::ebpf(check),
+        Task::Crds { check } => crds::crds(check),
         Task::Peers => peers::run(),
         // Its exit status is the command's.
         Task::Vm(arguments) => match vm::run(&arguments) {

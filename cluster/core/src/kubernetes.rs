@@ -7,13 +7,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use kun_config::Faults;
-use kun_config::types::{BlockId, Slot};
 use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents};
 
+use crate::crd::{self, Definition, How};
 use crate::{
-    Endpoint, EndpointPort, EndpointSlice, IpFamily, IpPool, IpamBlock, Kind, Lease, Meta,
-    Namespace, Node, Object, ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType,
-    TrafficPolicy,
+    Endpoint, EndpointPort, EndpointSlice, IpFamily, Kind, Lease, Meta, Namespace, Node, Object,
+    ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
 };
 
 /// Session affinity without a timeout: three hours (core/v1 ClientIPConfig).
@@ -146,11 +145,8 @@ impl Reader<'_> {
             );
             return;
         };
-        let group = api
-            .as_deref()
-            .unwrap_or("v1")
-            .rsplit_once('/')
-            .map_or("", |(group, _)| group);
+        let api = api.as_deref().unwrap_or("v1");
+        let (group, version) = api.rsplit_once('/').unwrap_or(("", api));
         match (group, &*kind) {
             (_, list) if list.ends_with("List") => {
                 if lists == MAX_LISTS {
@@ -196,22 +192,28 @@ impl Reader<'_> {
                 let object = self.lease(&f, line).map(|o| Object::Lease(Arc::new(o)));
                 self.manifest.objects.extend(object);
             }
-            ("kun.network", "IPPool") => {
-                let object = self.pool(f, line).map(|o| Object::IpPool(Arc::new(o)));
-                self.manifest.objects.extend(object);
-            }
-            ("kun.network", "IPAMBlock") => {
-                let object = self.block(f, line).map(|o| Object::IpamBlock(Arc::new(o)));
-                self.manifest.objects.extend(object);
-            }
+            (crd::GROUP, _) if version != crd::VERSION => c.fault(
+                format_args!("no version `{version}` of kun.network"),
+                format_args!("write apiVersion: {}/{}", crd::GROUP, crd::VERSION),
+            ),
             ("kun.network", "ServiceAddress") => {
                 let address = self.service_address(f, line);
                 self.manifest.addresses.extend(address);
             }
-            ("kun.network", other) => c.fault(
-                format_args!("no kind `{other}` in kun.network/v1alpha1"),
-                "write IPPool, IPAMBlock or ServiceAddress",
-            ),
+            (crd::GROUP, other) => match crd::definition(other) {
+                Some(definition) => {
+                    let object = self.custom(f, line, definition);
+                    self.manifest.objects.extend(object);
+                }
+                None => {
+                    let kinds = crd::DEFINITIONS.iter().map(|d| d.kind);
+                    let kinds: Vec<&str> = kinds.chain(["ServiceAddress"]).collect();
+                    c.fault(
+                        format_args!("no kind `{other}` in kun.network/v1alpha1"),
+                        format_args!("known here: {}", kinds.join(", ")),
+                    );
+                }
+            },
             _ => self.manifest.ignored += 1,
         }
     }
@@ -555,77 +557,19 @@ impl Reader<'_> {
         Some(lease)
     }
 
-    fn pool(&mut self, f: Fields<'_, '_>, line: u32) -> Option<IpPool> {
-        let meta = self.meta(&f, line, false)?;
-        let spec = f
-            .require(
-                "spec",
-                "an IPPool has a spec with `pods`, `services`, or both",
-            )?
-            .fields();
-        let mut pool = IpPool {
-            meta,
-            pods: Vec::new(),
-            services_v4: Vec::new(),
-            services_v6: Vec::new(),
+    fn custom(
+        &mut self,
+        f: Fields<'_, '_>,
+        line: u32,
+        definition: &'static Definition,
+    ) -> Option<Object> {
+        let meta = self.meta(&f, line, definition.namespaced);
+        let how = match self.writer {
+            Writer::File(_) => How::FOLDER,
+            Writer::Server => How::API,
         };
-        if let Some(list) = spec.get("pods") {
-            for c in list.elements() {
-                let Some(net) = c.v4_net() else { continue };
-                if net.prefix_len() > 26 {
-                    c.fault(
-                        format_args!("{net} is smaller than a block"),
-                        "write a /26 or larger: blocks have 64 slots",
-                    );
-                }
-                pool.pods.push(net);
-            }
-        }
-        if let Some(c) = spec.get("services") {
-            let services = c.fields();
-            if let Some(list) = services.get("v4") {
-                pool.services_v4 = list.elements().filter_map(|c| c.v4_net()).collect();
-            }
-            if let Some(list) = services.get("v6") {
-                pool.services_v6 = list.elements().filter_map(|c| c.v6_net()).collect();
-            }
-            services.finish();
-        }
-        spec.finish();
-        finish(f);
-        Some(pool)
-    }
-
-    fn block(&mut self, f: Fields<'_, '_>, line: u32) -> Option<IpamBlock> {
-        let meta = self.meta(&f, line, false)?;
-        let spec = f
-            .require("spec", "an IPAMBlock has a spec with `first` and `node`")?
-            .fields();
-        let block = spec
-            .require("first", "write the block's first slot, such as 10.64.0.0")
-            .and_then(|c| {
-                let first = c.v4()?;
-                let block = BlockId::new(Slot::from(first));
-                if block.is_none() {
-                    let aligned = Slot::from(first).block();
-                    c.fault(
-                        format_args!("{first} is not a multiple of 64"),
-                        format_args!("write {}", aligned.first()),
-                    );
-                }
-                block
-            });
-        let node = spec
-            .require("node", "write the name of the Node that owns it")
-            .and_then(|c| c.object_name());
-        let node = node.map(|node| self.names.get(&node));
-        spec.finish();
-        finish(f);
-        Some(IpamBlock {
-            meta,
-            block: block?,
-            node: node?,
-        })
+        let object = definition.read(&f, meta?, how);
+        finish(f).then_some(object?)
     }
 
     fn service_address(&mut self, f: Fields<'_, '_>, line: u32) -> Option<ServiceAddress> {
@@ -656,12 +600,12 @@ impl Reader<'_> {
 }
 
 /// Our kinds have these fields at their top, and no others.
-fn finish(f: Fields<'_, '_>) {
+fn finish(f: Fields<'_, '_>) -> bool {
     f.get("apiVersion");
     f.get("kind");
     f.get("metadata");
     f.get("status");
-    f.finish();
+    f.finish()
 }
 
 fn is_known_annotation(key: &str) -> bool {

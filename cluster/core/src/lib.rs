@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod crd;
 mod kubernetes;
 mod model;
 mod resource;
@@ -10,6 +11,7 @@ mod store;
 mod wanted;
 pub mod watch;
 
+pub use crd::{IpPool, IpamBlock};
 pub use kubernetes::{
     Interner, Manifest, Reading, ServiceAddress, parse_manifest, parse_with, read_api,
 };

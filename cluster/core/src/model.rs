@@ -5,8 +5,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use ipnet::{Ipv4Net, Ipv6Net};
-use kun_config::types::BlockId;
+use crate::crd::{IpPool, IpamBlock};
 
 /// namespace/name; cluster-scoped objects have an empty namespace.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -291,30 +290,6 @@ pub struct Lease {
     pub transitions: u32,
 }
 
-/// IPPool (`kun.network/v1alpha1`): where blocks and virtual addresses come from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IpPool {
-    /// Name, labels, origin.
-    pub meta: Meta,
-    /// spec.pods: IPv4 ranges cut into blocks (real ones give dual slots, 240.0.0.0/4 IPv6-only ones).
-    pub pods: Vec<Ipv4Net>,
-    /// spec.services.v4: addresses for LoadBalancer services.
-    pub services_v4: Vec<Ipv4Net>,
-    /// spec.services.v6
-    pub services_v6: Vec<Ipv6Net>,
-}
-
-/// IPAMBlock (`kun.network/v1alpha1`): a block and the node that owns it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IpamBlock {
-    /// Name, origin.
-    pub meta: Meta,
-    /// spec.first: the first slot, as an IPv4 address.
-    pub block: BlockId,
-    /// spec.node
-    pub node: Arc<str>,
-}
-
 /// Any object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs, reason = "each variant is the type of its name")]
@@ -341,6 +316,22 @@ pub enum Kind {
     Lease,
     IpPool,
     IpamBlock,
+}
+
+impl Kind {
+    /// As manifests write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Service => "Service",
+            Kind::EndpointSlice => "EndpointSlice",
+            Kind::Node => "Node",
+            Kind::Pod => "Pod",
+            Kind::Namespace => "Namespace",
+            Kind::Lease => "Lease",
+            Kind::IpPool => "IPPool",
+            Kind::IpamBlock => "IPAMBlock",
+        }
+    }
 }
 
 impl Object {

@@ -206,7 +206,7 @@ impl Store {
 
     /// The blocks of a node, by name.
     pub fn blocks_of(&self, node: &str) -> impl Iterator<Item = &Arc<IpamBlock>> {
-        self.blocks.values().filter(move |b| &*b.node == node)
+        self.blocks.values().filter(move |b| **b.node() == *node)
     }
 
     /// How many objects of each kind.

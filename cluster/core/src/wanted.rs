@@ -20,7 +20,7 @@ impl Scope {
     pub fn admits(&self, object: &Object) -> bool {
         match (self, object) {
             (Self::Node(node), Object::Pod(pod)) => pod.node.as_ref() == Some(node),
-            (Self::Node(node), Object::IpamBlock(block)) => block.node == *node,
+            (Self::Node(node), Object::IpamBlock(block)) => block.node() == node,
             (Self::Node(node), Object::Node(own)) => own.meta.name.name == *node,
             // All of it, or a kind that has no node.
             _ => true,

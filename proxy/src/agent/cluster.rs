@@ -183,9 +183,9 @@ impl Blocks {
     /// The blocks of this node. While the view is partial also those that the store knew, unless a manifest gives them to another.
     fn owned(&self, view: &View) -> Result<BTreeSet<BlockId>, BlocksError> {
         let own = &self.config.node.name;
-        let mut owned: BTreeSet<BlockId> = view.store().blocks_of(own).map(|b| b.block).collect();
+        let mut owned: BTreeSet<BlockId> = view.store().blocks_of(own).map(|b| b.block()).collect();
         if view.partial.load(Ordering::Acquire) {
-            let elsewhere: BTreeSet<BlockId> = view.store().blocks().map(|b| b.block).collect();
+            let elsewhere: BTreeSet<BlockId> = view.store().blocks().map(|b| b.block()).collect();
             let known = self.ipam.blocks(clock::now())?;
             owned.extend(known.iter().filter(|b| !elsewhere.contains(b)));
         }

@@ -150,7 +150,7 @@ impl Node {
             &[
                 json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"},
                     "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.2"}]}}),
-                json!({"apiVersion": "kun.network/v1alpha1", "kind": "IPAMBlock", "metadata": {"name": "b0"},
+                json!({"apiVersion": "kun.network/v1alpha1", "kind": "IPAMBlock", "metadata": {"name": "block-10-64-0-0"},
                     "spec": {"first": "10.64.0.0", "node": "node-a"}}),
             ],
         );
