@@ -91,7 +91,9 @@ mod tests {
         let asked = Duration::from_secs(20);
         let wait = backoff.fail(&mut jitter, (FIRST, CAP), Some(asked));
         assert!((asked..=asked + FIRST).contains(&wait), "{wait:?}");
-        (0..9).for_each(|_| drop(backoff.fail(&mut jitter, (FIRST, CAP), None)));
+        for _ in 0..9 {
+            backoff.fail(&mut jitter, (FIRST, CAP), None);
+        }
         backoff.reset();
         assert!(backoff.fail(&mut jitter, (FIRST, CAP), None) <= FIRST);
     }
