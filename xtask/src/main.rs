@@ -48,8 +48,6 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
-    /// Build the peers that Debian does not package: a Kubernetes control plane. Once, into the cache.
-    Peers,
     /// Build the peers that Debian does not package in a current version: Kubernetes, containerd, CoreDNS and so on. Once, into the cache.
     Peers(peers::Arguments),
     /// Run a test binary under another kernel.

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use kun_harness::{Netns, Process, cgroup_mounts, wait_for};
+use kun_harness::{Netns, Process, cgroup_mounts, peers, wait_for};
 use serde_json::json;
 
 use super::super::names::{CLUSTER_DNS_V4, CLUSTER_DNS_V6, CLUSTER_DOMAIN, LabName, Machine};
@@ -27,12 +27,6 @@ pub const PEERS: [&str; 3] = ["containerd", "containerd-shim-runc-v2", "ctr"];
 
 /// Debian's, by `cargo xtask setup`.
 pub const RUNC: &str = "/usr/sbin/runc";
-
-/// Where they are.
-pub fn peers() -> PathBuf {
-    let binary = control_plane::binary();
-    binary.parent().unwrap_or(Path::new("/")).to_owned()
-}
 
 /// What runs on a machine besides kun.
 #[derive(Debug)]
@@ -70,7 +64,7 @@ impl Runtime {
             hostname: machine.name.to_owned(),
         };
         let room = Room::open(&places.program("kun-lab")?, &plan, netns)?;
-        let mut containerd = Command::new(peers().join("containerd"));
+        let mut containerd = Command::new(peers::path("containerd"));
         containerd
             .arg("--config")
             .arg(directory.join("containerd.toml"));
@@ -109,7 +103,7 @@ impl Runtime {
     }
 
     fn ctr(&self, words: &[&str]) -> Result<Command> {
-        let mut ctr = Command::new(peers().join("ctr"));
+        let mut ctr = Command::new(peers::path("ctr"));
         ctr.args(["--address", SOCKET, "--namespace", "k8s.io"])
             .args(words)
             .env("PATH", path()?);
@@ -228,7 +222,7 @@ const SOCKET: &str = "/run/containerd/containerd.sock";
 
 /// containerd finds its shim, and the kubelet its mount helpers, by PATH.
 fn path() -> Result<std::ffi::OsString> {
-    let mut directories = vec![peers()];
+    let mut directories = vec![peers::directory()];
     let given = std::env::var_os("PATH").unwrap_or_default();
     directories.extend(std::env::split_paths(&given));
     std::env::join_paths(directories).context("PATH")

@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use kun_harness::{ControlPlane, Netns, wait_for};
+use anyhow::{Context, Result};
+use kun_harness::{ControlPlane, Netns, peers, wait_for};
 use serde_json::{Value, json};
 
 use super::client::Client;
@@ -58,17 +58,14 @@ pub struct Cluster {
 impl Cluster {
     /// Whether everything that it needs is built; else what is missing.
     pub fn missing() -> Option<String> {
-        if !control_plane::binary().is_file() {
-            return Some("the control plane is not built: cargo xtask peers".to_owned());
-        }
         if !Path::new(machine::RUNC).is_file() {
-            return Some("runc is not installed: cargo xtask setup".to_owned());
+            return Some("runc is not installed; `cargo xtask setup` does it".to_owned());
         }
-        let peers = machine::peers();
-        machine::PEERS
-            .iter()
-            .find(|name| !peers.join(name).is_file())
-            .map(|name| format!("{name} is not built: cargo xtask peers"))
+        let mut programs = machine::PEERS.map(peers::path).to_vec();
+        programs.push(control_plane::binary());
+        let missing = programs.into_iter().find(|path| !path.is_file())?;
+        let name = missing.file_name().unwrap_or_default().display();
+        Some(format!("{name} is not built; `cargo xtask peers` does it"))
     }
 
     /// Brings up the control plane, and at the same time a container runtime on every machine; then the kubelets.
