@@ -15,7 +15,7 @@ use kun_harness::{Process, cgroup2_mount, require_root, require_tool, run, skip,
 use kun_tests::lab::client::{Ask, Client, Told};
 use kun_tests::lab::cluster::Cluster;
 use kun_tests::lab::down::traces;
-use kun_tests::lab::names::LabName;
+use kun_tests::lab::names::{LabName, MACHINES};
 use kun_tests::lab::{Lab, Options, probes};
 use serde_json::Value;
 
@@ -87,6 +87,7 @@ fn pods_come_and_go_and_nobody_notices() {
     let options = options("kube");
     let mut lab = Lab::up(&options, &mut |step| println!("{step}")).unwrap();
     holds(&lab).unwrap();
+    nodes_are_whole(&lab).unwrap();
     status_shows_every_address(&lab).unwrap();
     readiness_is_the_kubelets(&lab).unwrap();
     logs_and_exec(&lab).unwrap();
@@ -95,6 +96,29 @@ fn pods_come_and_go_and_nobody_notices() {
     holds(&lab).unwrap();
     drop(lab);
     assert_eq!(traces(&options.name), Vec::<String>::new());
+}
+
+/// Every kubelet registered its machine: addresses of both families, IPv6 first, and the zone as a label.
+fn nodes_are_whole(lab: &Lab) -> Result<()> {
+    let nodes = lab.cluster()?.get("nodes")?;
+    for machine in &MACHINES {
+        let node = nodes
+            .iter()
+            .find(|node| node["metadata"]["name"] == machine.name)
+            .with_context(|| format!("{}: no such Node", machine.name))?;
+        let listed = node["status"]["addresses"].as_array();
+        let addresses: Vec<&str> = listed
+            .into_iter()
+            .flatten()
+            .filter(|a| a["type"] == "InternalIP")
+            .filter_map(|a| a["address"].as_str())
+            .collect();
+        let wanted = [machine.v6().to_string(), machine.v4().to_string()];
+        ensure!(addresses == wanted, "{}: {addresses:?}", machine.name);
+        let zone = &node["metadata"]["labels"]["topology.kubernetes.io/zone"];
+        ensure!(zone == machine.zone, "{}: zone {zone}", machine.name);
+    }
+    Ok(())
 }
 
 /// A dual-stack pod in split mode has IPv6 on eth0 and IPv4 on eth1, and `status.podIPs` shows both, IPv6 first, though containerd

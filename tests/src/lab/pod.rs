@@ -215,7 +215,7 @@ impl Body {
 }
 
 /// The port on which `kun-dns` says that it is ready, by [`corefile_text`].
-pub const DNS_READY: u16 = 8181;
+const DNS_READY: u16 = 8181;
 
 /// What `kun-lab` is told to serve.
 pub fn server_words(name: &str, ports: &[ContainerPort]) -> Vec<String> {
@@ -238,7 +238,7 @@ pub fn first_tcp(ports: &[ContainerPort]) -> Option<u16> {
 }
 
 /// The DNS server's kun.yaml, without its node and its source of objects.
-pub fn dns_configuration(corefile: &Path) -> serde_json::Value {
+fn dns_configuration(corefile: &Path) -> serde_json::Value {
     json!({
         "ipam": {"podPrefix": POD_PREFIX},
         "nat64": {"pref64": [PREF64]},

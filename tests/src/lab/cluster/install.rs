@@ -36,32 +36,46 @@ pub fn write(deploy: &Path, nodes: &[Node], lab: &Path) -> Result<PathBuf> {
     copy_folder(deploy, &copy)?;
     let overlay = copy.join("here");
     fs::create_dir_all(&overlay)?;
-    let mut resources = vec!["../base".to_owned()];
+    let mut resources = vec!["cluster".to_owned()];
+    write_cluster(&overlay.join("cluster"))?;
     for node in nodes {
         let name = node.machine.name;
         write_agent(&overlay.join(name), node)?;
         resources.push(name.to_owned());
     }
-    yaml(&overlay.join("kun.yaml"), &cluster_configuration())?;
-    fs::write(overlay.join("Corefile"), corefile_text())?;
+    let here = json!({
+        "apiVersion": VERSION,
+        "kind": "Kustomization",
+        "resources": resources,
+        "images": [image_of(image::POD)],
+    });
+    yaml(&overlay.join("kustomization.yaml"), &here)?;
+    Ok(overlay)
+}
+
+/// The base, with this cluster's addresses. Apart from the agents: a ConfigMap of the same name is theirs, too.
+fn write_cluster(directory: &Path) -> Result<()> {
+    fs::create_dir_all(directory)?;
+    yaml(&directory.join("kun.yaml"), &cluster_configuration())?;
+    fs::write(directory.join("Corefile"), corefile_text())?;
     let keep_name = json!({"disableNameSuffixHash": true});
     let address = format!("KUBERNETES_SERVICE_HOST={}", CONTROL.v6());
     let port = format!("KUBERNETES_SERVICE_PORT={PORT}");
-    let here = json!({
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+    let cluster = json!({
+        "apiVersion": VERSION,
         "kind": "Kustomization",
-        "resources": resources,
+        "resources": ["../../base"],
         "configMapGenerator": [
             {"name": "kun", "namespace": NAMESPACE, "behavior": "replace", "files": ["kun.yaml"]},
             {"name": "kun-dns", "namespace": NAMESPACE, "behavior": "replace", "files": ["Corefile"], "options": keep_name},
             {"name": "kun-api-server", "namespace": NAMESPACE, "literals": [address, port], "options": keep_name},
         ],
-        "images": [image_of(image::POD)],
         "patches": [{"patch": NO_COMMON_AGENT}, {"patch": dns_service()?}],
     });
-    yaml(&overlay.join("kustomization.yaml"), &here)?;
-    Ok(overlay)
+    yaml(&directory.join("kustomization.yaml"), &cluster)
 }
+
+const VERSION: &str = "kustomize.config.k8s.io/v1beta1";
 
 const NAMESPACE: &str = "kube-system";
 
@@ -115,7 +129,7 @@ fn write_agent(directory: &Path, node: &Node) -> Result<()> {
         {"op": "replace", "path": format!("/spec/template/metadata/labels/{label}"), "value": own},
     ]);
     let kustomization = json!({
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "apiVersion": VERSION,
         "kind": "Kustomization",
         "resources": ["../../agent"],
         "nameSuffix": format!("-{name}"),

@@ -128,8 +128,10 @@ impl Runtime {
     pub fn write_door(&self) -> Result<()> {
         let text = format!(
             "#!/bin/sh\n# Runs a command on {}; a shell without one.\n[ $# -gt 0 ] || set -- sh\n\
+             export PATH={}:$PATH CONTAINER_RUNTIME_ENDPOINT=unix://{SOCKET}\n\
              exec nsenter --target {} --mount --uts --net -- \"$@\"\n",
             self.machine.name,
+            peers::directory().display(),
             self.room.pid()
         );
         write_script(&self.directory.join("enter"), &text)
