@@ -426,7 +426,9 @@ fn down_removes_a_whole_cluster_after_a_crash() {
         options.name.as_str(),
         "--manifests",
     ])
-    .arg(&options.manifests);
+    .arg(&options.manifests)
+    // Where it finds `deploy`.
+    .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
     let mut lab = Process::spawn(lab.stdout(Stdio::null()).stderr(Stdio::null())).unwrap();
     let pods = options
         .name
