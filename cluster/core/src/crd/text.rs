@@ -335,6 +335,16 @@ plain_text!(
 );
 
 plain_text!(
+    /// A name of one label (RFC 1123), such as a namespace's or a port's.
+    Label,
+    "a name of one label (lower-case letters, digits and `-`)",
+    "web",
+    63,
+    "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
+    |text| is_label(text, u8::is_ascii_lowercase)
+);
+
+plain_text!(
     /// The name of a Linux network interface.
     InterfaceName,
     "an interface name",
@@ -362,6 +372,16 @@ plain_text!(
         let label = |label| is_label(label, u8::is_ascii_lowercase);
         prefix.is_none_or(|prefix| prefix.split('.').all(label)) && is_qualified(name)
     }
+);
+
+plain_text!(
+    /// A label's value, which may be empty.
+    LabelValue,
+    "a label's value (letters, digits, `-`, `_` and `.`)",
+    "a",
+    63,
+    "^([A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?)?$",
+    |text| text.is_empty() || is_qualified(text)
 );
 
 plain_text!(
