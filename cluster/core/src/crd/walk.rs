@@ -127,7 +127,8 @@ fn map(c: &Cursor<'_, '_>, values: &'static Shape, most: usize, unknown: Unknown
     }
     let mut map = Map::new();
     let mut right = true;
-    for (key, c) in c.pairs() {
+    // An entry without a value is none, as a field is.
+    for (key, c) in c.pairs().filter(|(_, c)| !matches!(c.value(), Tree::Null)) {
         match walk(&c, values, unknown) {
             Some(value) => drop(map.insert(key.to_owned(), value)),
             None => right = false,
