@@ -31,9 +31,14 @@ impl Access {
             kubeconfig: kubeconfig.map(Path::to_owned),
             connect_within: CONNECT_WITHIN,
         };
-        let runtime = runtime()?;
-        let config = runtime.block_on(access.config())?;
-        drop(config);
+        // On a thread of its own: who opens a source may be inside a runtime, where another cannot be waited for.
+        let read = || runtime()?.block_on(access.config()).map(drop);
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(read);
+            reading
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
         Ok(access)
     }
 
