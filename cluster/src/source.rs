@@ -51,7 +51,9 @@ impl Lens {
             // What leaves the scope is gone for whoever looks through it.
             (Scope::Node(_), _) => {
                 let key = (kind, name);
-                self.seen.remove(&key).then(|| Delta::Remove(key.0, key.1))
+                self.seen
+                    .remove(&key)
+                    .then_some(Delta::Remove(key.0, key.1))
             }
         }
     }
