@@ -7,6 +7,7 @@
 
 pub mod allocator;
 pub mod clock;
+pub mod install;
 pub mod ipam;
 pub mod kernel;
 pub mod netlink;

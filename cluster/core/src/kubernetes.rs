@@ -7,11 +7,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use kun_config::Faults;
-use kun_config::types::{BlockId, Slot};
-use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents};
+use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents, nearest};
 
+use crate::crd::{self, Definition, How, Unknown};
 use crate::{
-    Endpoint, EndpointPort, EndpointSlice, IpFamily, IpPool, IpamBlock, Kind, Lease, Meta,
+    Endpoint, EndpointPort, EndpointSlice, IpFamily, KUN_GROUP, KUN_VERSION, Kind, Lease, Meta,
     Namespace, Node, Object, ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType,
     TrafficPolicy,
 };
@@ -69,6 +69,7 @@ enum Writer {
 
 struct Reader<'r> {
     writer: Writer,
+    how: How,
     names: &'r mut Interner,
     manifest: Manifest,
 }
@@ -80,10 +81,25 @@ pub fn parse_manifest(file_name: &str, text: &str) -> Result<Manifest, Faults> {
 
 /// The same, sharing strings with what was read before.
 pub fn parse_with(names: &mut Interner, file_name: &str, text: &str) -> Result<Manifest, Faults> {
+    parse_how(How::FOLDER, names, file_name, text)
+}
+
+/// The same, with the statuses of kun's own kinds held to their schema as the API server holds whoever writes one.
+pub fn parse_with_status(file_name: &str, text: &str) -> Result<Manifest, Faults> {
+    parse_how(How::STATUS, &mut Interner::default(), file_name, text)
+}
+
+fn parse_how(
+    how: How,
+    names: &mut Interner,
+    file_name: &str,
+    text: &str,
+) -> Result<Manifest, Faults> {
     let trees = documents(file_name, text).map_err(|fault| Faults(vec![fault]))?;
     let sink = Sink::new(file_name);
     let mut reader = Reader {
         writer: Writer::File(Arc::from(file_name)),
+        how,
         names,
         manifest: Manifest::default(),
     };
@@ -113,6 +129,7 @@ pub fn read_api(names: &mut Interner, kind: Kind, title: &str, tree: &Tree<'_>) 
     let sink = Sink::new(title);
     let mut reader = Reader {
         writer: Writer::Server,
+        how: How::API,
         names,
         manifest: Manifest::default(),
     };
@@ -146,11 +163,8 @@ impl Reader<'_> {
             );
             return;
         };
-        let group = api
-            .as_deref()
-            .unwrap_or("v1")
-            .rsplit_once('/')
-            .map_or("", |(group, _)| group);
+        let api = api.as_deref().unwrap_or("v1");
+        let (group, version) = api.rsplit_once('/').unwrap_or(("", api));
         match (group, &*kind) {
             (_, list) if list.ends_with("List") => {
                 if lists == MAX_LISTS {
@@ -196,22 +210,32 @@ impl Reader<'_> {
                 let object = self.lease(&f, line).map(|o| Object::Lease(Arc::new(o)));
                 self.manifest.objects.extend(object);
             }
-            ("kun.network", "IPPool") => {
-                let object = self.pool(f, line).map(|o| Object::IpPool(Arc::new(o)));
-                self.manifest.objects.extend(object);
-            }
-            ("kun.network", "IPAMBlock") => {
-                let object = self.block(f, line).map(|o| Object::IpamBlock(Arc::new(o)));
-                self.manifest.objects.extend(object);
-            }
+            (KUN_GROUP, _) if version != KUN_VERSION => c.fault(
+                format_args!("no version `{version}` of kun.network"),
+                format_args!("write apiVersion: {}/{}", KUN_GROUP, KUN_VERSION),
+            ),
             ("kun.network", "ServiceAddress") => {
                 let address = self.service_address(f, line);
                 self.manifest.addresses.extend(address);
             }
-            ("kun.network", other) => c.fault(
-                format_args!("no kind `{other}` in kun.network/v1alpha1"),
-                "write IPPool, IPAMBlock or ServiceAddress",
-            ),
+            (KUN_GROUP, other) => match crd::definition(other) {
+                Some(definition) => {
+                    let object = self.custom(f, line, definition);
+                    self.manifest.objects.extend(object);
+                }
+                None => {
+                    let kinds = crd::DEFINITIONS.iter().map(|d| d.resource.kind);
+                    let kinds: Vec<&str> = kinds.chain(["ServiceAddress"]).collect();
+                    let right = match nearest(other, &kinds) {
+                        Some(kind) => format!("did you mean `{kind}`?"),
+                        None => format!("known here: {}", kinds.join(", ")),
+                    };
+                    c.fault(
+                        format_args!("no kind `{other}` in kun.network/v1alpha1"),
+                        right,
+                    );
+                }
+            },
             _ => self.manifest.ignored += 1,
         }
     }
@@ -326,11 +350,13 @@ impl Reader<'_> {
                 .and_then(|c: Cursor<'_, '_>| c.choice(&choices))
                 .unwrap_or_default()
         };
+        let (load_balancer_ips, load_balancer_named) = load_balancer(f);
         Some(Service {
             kind: kind.unwrap_or(ServiceType::ClusterIp),
             cluster_ips,
             families: families.unwrap_or_default(),
-            load_balancer_ips: load_balancer_ips(f),
+            load_balancer_ips,
+            load_balancer_named,
             load_balancer_class: spec
                 .get("loadBalancerClass")
                 .and_then(|c| c.text())
@@ -553,77 +579,18 @@ impl Reader<'_> {
         Some(lease)
     }
 
-    fn pool(&mut self, f: Fields<'_, '_>, line: u32) -> Option<IpPool> {
-        let meta = self.meta(&f, line, false)?;
-        let spec = f
-            .require(
-                "spec",
-                "an IPPool has a spec with `pods`, `services`, or both",
-            )?
-            .fields();
-        let mut pool = IpPool {
-            meta,
-            pods: Vec::new(),
-            services_v4: Vec::new(),
-            services_v6: Vec::new(),
-        };
-        if let Some(list) = spec.get("pods") {
-            for c in list.elements() {
-                let Some(net) = c.v4_net() else { continue };
-                if net.prefix_len() > 26 {
-                    c.fault(
-                        format_args!("{net} is smaller than a block"),
-                        "write a /26 or larger: blocks have 64 slots",
-                    );
-                }
-                pool.pods.push(net);
-            }
+    fn custom(
+        &mut self,
+        f: Fields<'_, '_>,
+        line: u32,
+        definition: &'static Definition,
+    ) -> Option<Object> {
+        let meta = self.meta(&f, line, definition.resource.namespaced);
+        let object = definition.read(&f, meta?, self.how);
+        match self.how.unknown {
+            Unknown::Refuse => finish(f).then_some(object?),
+            Unknown::Ignore => object,
         }
-        if let Some(c) = spec.get("services") {
-            let services = c.fields();
-            if let Some(list) = services.get("v4") {
-                pool.services_v4 = list.elements().filter_map(|c| c.v4_net()).collect();
-            }
-            if let Some(list) = services.get("v6") {
-                pool.services_v6 = list.elements().filter_map(|c| c.v6_net()).collect();
-            }
-            services.finish();
-        }
-        spec.finish();
-        finish(f);
-        Some(pool)
-    }
-
-    fn block(&mut self, f: Fields<'_, '_>, line: u32) -> Option<IpamBlock> {
-        let meta = self.meta(&f, line, false)?;
-        let spec = f
-            .require("spec", "an IPAMBlock has a spec with `first` and `node`")?
-            .fields();
-        let block = spec
-            .require("first", "write the block's first slot, such as 10.64.0.0")
-            .and_then(|c| {
-                let first = c.v4()?;
-                let block = BlockId::new(Slot::from(first));
-                if block.is_none() {
-                    let aligned = Slot::from(first).block();
-                    c.fault(
-                        format_args!("{first} is not a multiple of 64"),
-                        format_args!("write {}", aligned.first()),
-                    );
-                }
-                block
-            });
-        let node = spec
-            .require("node", "write the name of the Node that owns it")
-            .and_then(|c| c.object_name());
-        let node = node.map(|node| self.names.get(&node));
-        spec.finish();
-        finish(f);
-        Some(IpamBlock {
-            meta,
-            block: block?,
-            node: node?,
-        })
     }
 
     fn service_address(&mut self, f: Fields<'_, '_>, line: u32) -> Option<ServiceAddress> {
@@ -654,12 +621,12 @@ impl Reader<'_> {
 }
 
 /// Our kinds have these fields at their top, and no others.
-fn finish(f: Fields<'_, '_>) {
+fn finish(f: Fields<'_, '_>) -> bool {
     f.get("apiVersion");
     f.get("kind");
     f.get("metadata");
     f.get("status");
-    f.finish();
+    f.finish()
 }
 
 fn is_known_annotation(key: &str) -> bool {
@@ -676,20 +643,24 @@ fn cluster_ip(c: &Cursor<'_, '_>) -> Option<IpAddr> {
     }
 }
 
-fn load_balancer_ips(f: &Fields<'_, '_>) -> Vec<IpAddr> {
+/// Addresses of status.loadBalancer.ingress, and whether an entry has none.
+fn load_balancer(f: &Fields<'_, '_>) -> (Vec<IpAddr>, bool) {
+    let none = (Vec::new(), false);
     let Some(status) = f.get("status") else {
-        return Vec::new();
+        return none;
     };
     let status = status.fields();
     let Some(balancer) = status.get("loadBalancer") else {
-        return Vec::new();
+        return none;
     };
     let balancer = balancer.fields();
     let Some(list) = balancer.get("ingress") else {
-        return Vec::new();
+        return none;
     };
     let ip = |c: Cursor<'_, '_>| c.fields().get("ip").and_then(|c| c.ip());
-    list.elements().filter_map(ip).collect()
+    let entries: Vec<Option<IpAddr>> = list.elements().map(ip).collect();
+    let named = entries.contains(&None);
+    (entries.into_iter().flatten().collect(), named)
 }
 
 fn affinity_timeout(spec: &Fields<'_, '_>) -> u32 {

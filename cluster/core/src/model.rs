@@ -5,8 +5,10 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use ipnet::{Ipv4Net, Ipv6Net};
-use kun_config::types::BlockId;
+use crate::crd::{
+    BgpAdvertisement, BgpPeer, BgpRouteAffinity, BgpSession, BrakeOverride, IpPool, IpamBlock,
+    KunService,
+};
 
 /// namespace/name; cluster-scoped objects have an empty namespace.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -154,6 +156,8 @@ pub struct Service {
     pub families: Vec<IpFamily>,
     /// status.loadBalancer.ingress[].ip; in a folder, else what the ServiceAddress of its name says.
     pub load_balancer_ips: Vec<IpAddr>,
+    /// status.loadBalancer.ingress has an entry without an address: the host name of another implementation's balancer.
+    pub load_balancer_named: bool,
     /// spec.loadBalancerClass: whose business its address is; `None`: the default implementation's.
     pub load_balancer_class: Option<Arc<str>>,
     /// spec.externalName
@@ -289,30 +293,6 @@ pub struct Lease {
     pub transitions: u32,
 }
 
-/// IPPool (`kun.network/v1alpha1`): where blocks and virtual addresses come from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IpPool {
-    /// Name, labels, origin.
-    pub meta: Meta,
-    /// spec.pods: IPv4 ranges cut into blocks (real ones give dual slots, 240.0.0.0/4 IPv6-only ones).
-    pub pods: Vec<Ipv4Net>,
-    /// spec.services.v4: addresses for LoadBalancer services.
-    pub services_v4: Vec<Ipv4Net>,
-    /// spec.services.v6
-    pub services_v6: Vec<Ipv6Net>,
-}
-
-/// IPAMBlock (`kun.network/v1alpha1`): a block and the node that owns it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IpamBlock {
-    /// Name, origin.
-    pub meta: Meta,
-    /// spec.first: the first slot, as an IPv4 address.
-    pub block: BlockId,
-    /// spec.node
-    pub node: Arc<str>,
-}
-
 /// Any object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs, reason = "each variant is the type of its name")]
@@ -325,6 +305,12 @@ pub enum Object {
     Lease(Arc<Lease>),
     IpPool(Arc<IpPool>),
     IpamBlock(Arc<IpamBlock>),
+    BgpPeer(Arc<BgpPeer>),
+    BgpAdvertisement(Arc<BgpAdvertisement>),
+    BgpRouteAffinity(Arc<BgpRouteAffinity>),
+    BgpSession(Arc<BgpSession>),
+    KunService(Arc<KunService>),
+    BrakeOverride(Arc<BrakeOverride>),
 }
 
 /// Kind of an object.
@@ -339,6 +325,12 @@ pub enum Kind {
     Lease,
     IpPool,
     IpamBlock,
+    BgpPeer,
+    BgpAdvertisement,
+    BgpRouteAffinity,
+    BgpSession,
+    KunService,
+    BrakeOverride,
 }
 
 impl Object {
@@ -353,6 +345,12 @@ impl Object {
             Object::Lease(o) => &o.meta,
             Object::IpPool(o) => &o.meta,
             Object::IpamBlock(o) => &o.meta,
+            Object::BgpPeer(o) => &o.meta,
+            Object::BgpAdvertisement(o) => &o.meta,
+            Object::BgpRouteAffinity(o) => &o.meta,
+            Object::BgpSession(o) => &o.meta,
+            Object::KunService(o) => &o.meta,
+            Object::BrakeOverride(o) => &o.meta,
         }
     }
 
@@ -372,6 +370,12 @@ impl Object {
             Object::Lease(_) => Kind::Lease,
             Object::IpPool(_) => Kind::IpPool,
             Object::IpamBlock(_) => Kind::IpamBlock,
+            Object::BgpPeer(_) => Kind::BgpPeer,
+            Object::BgpAdvertisement(_) => Kind::BgpAdvertisement,
+            Object::BgpRouteAffinity(_) => Kind::BgpRouteAffinity,
+            Object::BgpSession(_) => Kind::BgpSession,
+            Object::KunService(_) => Kind::KunService,
+            Object::BrakeOverride(_) => Kind::BrakeOverride,
         }
     }
 }

@@ -148,6 +148,7 @@ pub struct Writer {
     runtime: tokio::runtime::Runtime,
     access: Access,
     client: std::sync::Mutex<Option<ClientBox>>,
+    within: Duration,
 }
 
 struct ClientBox(Client);
@@ -183,7 +184,14 @@ impl Writer {
             runtime: runtime()?,
             access: Access::open(kubeconfig)?,
             client: std::sync::Mutex::new(None),
+            within: CALL_WITHIN,
         })
+    }
+
+    /// Gives up on a call after this: for a leader, whose calls must end before its lease does.
+    pub fn within(mut self, limit: Duration) -> Self {
+        self.within = limit;
+        self
     }
 
     /// An object as it is now.
@@ -409,11 +417,11 @@ impl Writer {
                 .map_err(unreachable)?;
             Ok::<_, WriteError>((head, text))
         };
-        let within = async { tokio::time::timeout(CALL_WITHIN, exchange).await };
+        let within = async { tokio::time::timeout(self.within, exchange).await };
         let (head, text) = self
             .runtime
             .block_on(within)
-            .map_err(|_| unreachable(format!("nothing within {} s", CALL_WITHIN.as_secs())))??;
+            .map_err(|_| unreachable(format!("nothing within {:?}", self.within)))??;
         if head.status.is_success() {
             return Ok(text);
         }
