@@ -150,3 +150,13 @@ pub(super) fn validation(cel: &str, field: &str, wrong: &str, right: &str) -> Va
     }
     entry
 }
+
+/// Whether exactly one is there.
+pub(super) fn one_of(there: &[bool]) -> bool {
+    there.iter().filter(|there| **there).count() == 1
+}
+
+/// `true`, for serde.
+pub(super) fn yes() -> bool {
+    true
+}
