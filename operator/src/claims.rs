@@ -8,10 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use k8s_openapi::jiff::Timestamp;
 use kun_cluster::api::write::{WriteError, Writer};
+use kun_cluster::crd::{IpPoolSpec, Moment, status_to_json};
 use kun_cluster::{Delta, Interner, Kind, ObjectName, Resource, Store, read_api};
 use kun_config::yaml::documents;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::elect::{Seat, now};
 use crate::events;
@@ -19,6 +21,7 @@ use crate::generated::GeneratedError;
 use crate::gone::Gone;
 use crate::memory::{Kept, Memory};
 use crate::plan::{Assignments, Plan, Pools, Shortage, is_ours, owner_of};
+use crate::pools;
 use crate::writes::{self, Write, writes};
 
 /// The first wait after a failure is half of this or less, each next one twice as long, …
@@ -239,7 +242,23 @@ impl Memory for Claims {
         Ok(again.map_or(Kept::Whole, Kept::Again))
     }
 
-    fn tell(&mut self, store: &Store, pools: &Pools, plan: &Plan, new: &BTreeSet<Shortage>) {
+    fn tell(&mut self, store: &mut Store, plan: &Plan, new: &BTreeSet<Shortage>) {
+        let pools: Vec<_> = store.pools().cloned().collect();
+        for pool in pools {
+            let Some(now) = Moment::from_unix(Timestamp::now().as_second()) else {
+                break;
+            };
+            let status = pools::status(&pool, &plan.assignments, &plan.shortages, now);
+            if pool.status.as_ref() == Some(&status) || !self.seat.may_call() {
+                continue;
+            }
+            let patch = json!({"status": status_to_json::<IpPoolSpec>(&status)});
+            let resource = Resource::of(Kind::IpPool);
+            match self.writer.patch_status(resource, &pool.meta.name, &patch) {
+                Ok(object) => self.take(store, Kind::IpPool, &object),
+                Err(error) => self.say(error.to_string()),
+            }
+        }
         let events: Vec<_> = events::of(new, store, &self.reporter).collect();
         for event in events {
             if !self.seat.may_call() {
@@ -250,7 +269,6 @@ impl Memory for Claims {
                 break;
             }
         }
-        let _ = (pools, plan);
     }
 
     fn look_again(&self) -> Option<Duration> {

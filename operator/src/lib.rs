@@ -20,5 +20,6 @@ pub mod gone;
 pub mod lease;
 pub mod memory;
 pub mod plan;
+pub mod pools;
 pub mod run;
 pub mod writes;

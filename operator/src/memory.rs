@@ -26,7 +26,7 @@ pub trait Memory: std::fmt::Debug {
     fn keep(&mut self, store: &mut Store, plan: &Plan) -> Result<Kept, GeneratedError>;
 
     /// Tells people: the shortages of this plan, of which `new` were not told before.
-    fn tell(&mut self, store: &Store, pools: &Pools, plan: &Plan, new: &BTreeSet<Shortage>);
+    fn tell(&mut self, store: &mut Store, plan: &Plan, new: &BTreeSet<Shortage>);
 
     /// When to look again although nothing changes.
     fn look_again(&self) -> Option<Duration>;
@@ -54,7 +54,7 @@ impl Memory for Generated {
     }
 
     /// The log says it.
-    fn tell(&mut self, _: &Store, _: &Pools, _: &Plan, _: &BTreeSet<Shortage>) {}
+    fn tell(&mut self, _: &mut Store, _: &Plan, _: &BTreeSet<Shortage>) {}
 
     fn look_again(&self) -> Option<Duration> {
         None

@@ -10,8 +10,9 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
 use kun_cluster::{IpFamily, IpamBlock, Node, ObjectName, Service, ServiceType, Store};
-use kun_config::Ipam;
-use kun_config::types::{BLOCK_SLOTS, BlockId, Slot, SlotClass};
+use kun_config::types::{BlockId, SlotClass};
+
+pub use crate::pools::{Pools, Range};
 
 /// Who has a block.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,57 +68,6 @@ pub struct Assignments {
     pub returned: BTreeSet<BlockId>,
     /// Virtual addresses of each service, at most one of each family. Services that are gone keep theirs until a pool is empty.
     pub addresses: BTreeMap<ObjectName, Vec<IpAddr>>,
-}
-
-/// Where assignments come from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pools {
-    /// Ranges of dual slots.
-    pub dual: Vec<Ipv4Net>,
-    /// Ranges of IPv6-only slots, inside 240.0.0.0/4.
-    pub v6_only: Vec<Ipv4Net>,
-    /// Ranges of virtual addresses, both families.
-    pub services: Vec<IpNet>,
-}
-
-impl Pools {
-    /// From the IPPool objects; a class of slots that none of them has comes from `kun.yaml`.
-    pub fn of(store: &Store, ipam: &Ipam) -> Self {
-        let ranges = |class| {
-            let ranges = store.pools().flat_map(|pool| &pool.spec.pods);
-            let ranges = ranges.filter(move |range| range.class() == class);
-            ranges.map(|range| ***range).collect::<Vec<Ipv4Net>>()
-        };
-        let (mut dual, mut v6_only) = (ranges(SlotClass::Dual), ranges(SlotClass::V6Only));
-        if dual.is_empty() {
-            dual.clone_from(&ipam.v4_pools);
-        }
-        if v6_only.is_empty() {
-            v6_only.push(ipam.v6_only_pool);
-        }
-        let services = store.pools().flat_map(|pool| {
-            let ranges = &pool.spec.services;
-            let v4 = ranges.v4.iter().map(|net| IpNet::V4(net.0));
-            v4.chain(ranges.v6.iter().map(|net| IpNet::V6(net.0)))
-        });
-        Self {
-            dual,
-            v6_only,
-            services: services.collect(),
-        }
-    }
-
-    /// Whether an address is out of one of them.
-    pub fn has(&self, address: IpAddr) -> bool {
-        self.services.iter().any(|net| net.contains(&address))
-    }
-
-    fn of_class(&self, class: SlotClass) -> &[Ipv4Net] {
-        match class {
-            SlotClass::Dual => &self.dual,
-            SlotClass::V6Only => &self.v6_only,
-        }
-    }
 }
 
 /// What could not be given, or is given twice by hand.
@@ -257,13 +207,13 @@ fn plan_blocks(
         let key = (Arc::clone(&owner.node), block.class());
         blocks.entry(key).or_default().push((*block, owner.clone()));
     }
-    let has = |node: &Node, class| {
+    let own = |node: &Node, class| -> Vec<BlockId> {
         let list = blocks.get(&(Arc::clone(&node.meta.name.name), class));
         let own = list
             .into_iter()
             .flatten()
             .filter(|(block, owner)| owner.is(node) && !draining.contains(block));
-        own.count() as u32
+        own.map(|(block, _)| *block).collect()
     };
     let mut ours = before.blocks.clone();
     let mut taken: BTreeSet<BlockId> = owners
@@ -277,17 +227,18 @@ fn plan_blocks(
         if ranges.is_empty() {
             continue;
         }
-        let mut free = ranges.iter().copied().flat_map(blocks_of);
+        let mut free = FreeBlocks::new(ranges);
         for node in store.nodes() {
-            let mut has = has(node, class);
-            while has < wanted {
-                let Some(block) = free.by_ref().find(|block| !taken.contains(block)) else {
+            let mut own = own(node, class);
+            while (own.len() as u32) < wanted {
+                let Some(block) = free.next(node, &own, &taken) else {
                     break;
                 };
                 taken.insert(block);
                 ours.insert(block, Owner::of(node));
-                has += 1;
+                own.push(block);
             }
+            let has = own.len() as u32;
             if has < wanted {
                 let node = Arc::clone(&node.meta.name.name);
                 shortages.insert(Shortage::Blocks {
@@ -314,11 +265,34 @@ pub fn owner_of(object: &IpamBlock) -> Owner {
     }
 }
 
-/// The blocks of a range, ascending. A range smaller than a block has none.
-fn blocks_of(range: Ipv4Net) -> impl Iterator<Item = BlockId> {
-    let (first, last) = (u32::from(range.network()), u32::from(range.broadcast()));
-    let whole = (u64::from(last) - u64::from(first) + 1) / u64::from(BLOCK_SLOTS);
-    (0..whole).filter_map(move |i| BlockId::new(Slot(first + i as u32 * BLOCK_SLOTS)))
+/// Walks each range once: what lies behind is taken.
+struct FreeBlocks<'p> {
+    /// A range, and how many of its blocks lie behind.
+    ranges: Vec<(&'p Range<Ipv4Net>, u32)>,
+}
+
+impl<'p> FreeBlocks<'p> {
+    fn new(ranges: &'p [Range<Ipv4Net>]) -> Self {
+        Self {
+            ranges: ranges.iter().map(|range| (range, 0)).collect(),
+        }
+    }
+
+    /// The first block for a node out of a pool that serves it, and of which it does not have the most already.
+    fn next(&mut self, node: &Node, own: &[BlockId], taken: &BTreeSet<BlockId>) -> Option<BlockId> {
+        for (range, behind) in &mut self.ranges {
+            if !range.serves_node(node) || range.given_to(own) >= range.most() {
+                continue;
+            }
+            while let Some(block) = range.block(*behind) {
+                if !taken.contains(&block) {
+                    return Some(block);
+                }
+                *behind += 1;
+            }
+        }
+        None
+    }
 }
 
 /// Whether the address of a Service is this operator's business.
@@ -341,10 +315,12 @@ fn families_of(service: &Service, pools: &Pools) -> BTreeSet<IpFamily> {
             .map(IpFamily::of)
             .collect();
     }
-    pools
+    let serving = pools
         .services
         .iter()
-        .map(|net| IpFamily::of(net.addr()))
+        .filter(|range| range.serves_service(service));
+    serving
+        .map(|range| IpFamily::of(range.net.addr()))
         .collect()
 }
 
@@ -382,7 +358,7 @@ fn plan_addresses(
                 continue;
             }
             let found = ranges
-                .next(family, &taken)
+                .next(service, family, &taken)
                 .or_else(|| reclaim(store, &mut ours, family));
             match found {
                 Some(address) => {
@@ -395,7 +371,7 @@ fn plan_addresses(
                     let pool_exists = pools
                         .services
                         .iter()
-                        .any(|net| IpFamily::of(net.addr()) == family);
+                        .any(|range| IpFamily::of(range.net.addr()) == family);
                     let service = name.clone();
                     shortages.insert(Shortage::Address {
                         service,
@@ -431,13 +407,13 @@ fn reclaim(
 }
 
 /// Walks the ranges once: what lies behind is taken.
-struct FreeAddresses {
-    ranges: Vec<(IpFamily, u128, u128)>,
+struct FreeAddresses<'p> {
+    ranges: Vec<(&'p Range<IpNet>, (IpFamily, u128, u128))>,
 }
 
-impl FreeAddresses {
-    fn new(nets: &[IpNet]) -> Self {
-        let ranges = nets.iter().map(|net| match net {
+impl<'p> FreeAddresses<'p> {
+    fn new(ranges: &'p [Range<IpNet>]) -> Self {
+        let ends = |range: &Range<IpNet>| match &range.net {
             IpNet::V4(net) => {
                 let (first, last) = (
                     u128::from(u32::from(net.network())),
@@ -456,14 +432,22 @@ impl FreeAddresses {
                     last,
                 )
             }
-        });
+        };
         Self {
-            ranges: ranges.collect(),
+            ranges: ranges.iter().map(|range| (range, ends(range))).collect(),
         }
     }
 
-    fn next(&mut self, family: IpFamily, taken: &BTreeSet<IpAddr>) -> Option<IpAddr> {
-        for (of, next, last) in self.ranges.iter_mut().filter(|(of, _, _)| *of == family) {
+    fn next(
+        &mut self,
+        service: &Service,
+        family: IpFamily,
+        taken: &BTreeSet<IpAddr>,
+    ) -> Option<IpAddr> {
+        for (range, (of, next, last)) in &mut self.ranges {
+            if *of != family || !range.serves_service(service) {
+                continue;
+            }
             while *next <= *last {
                 let address = match of {
                     IpFamily::V4 => IpAddr::V4(Ipv4Addr::from(*next as u32)),

@@ -126,7 +126,7 @@ impl Desk {
         for shortage in &new {
             tracing::warn!("{shortage}");
         }
-        memory.tell(store, &pools, &plan, &new);
+        memory.tell(store, &plan, &new);
         let counted = &self.counted;
         counted.blocks.set(plan.assignments.blocks.len() as i64);
         counted

@@ -7,7 +7,7 @@ use ipnet::{IpNet, Ipv4Net};
 use kun_cluster::folder::parse_manifest;
 use kun_cluster::{Delta, Kind, ObjectName, Store};
 use kun_config::types::{BlockId, SlotClass};
-use kun_operator::plan::{Assignments, Plan, Pools, Shortage, plan};
+use kun_operator::plan::{Assignments, Plan, Pools, Range, Shortage, plan};
 use proptest::prelude::*;
 
 fn store(text: &str) -> Store {
@@ -31,8 +31,9 @@ fn balancer(name: &str, families: &str) -> String {
     )
 }
 
-fn nets(list: &[&str]) -> Vec<Ipv4Net> {
-    list.iter().map(|n| n.parse().expect("a prefix")).collect()
+fn nets(list: &[&str]) -> Vec<Range<Ipv4Net>> {
+    let nets = list.iter().map(|n| n.parse::<Ipv4Net>().expect("a prefix"));
+    nets.map(Range::from).collect()
 }
 
 fn pools(dual: &[&str], v6_only: &[&str], services: &[&str]) -> Pools {
@@ -41,7 +42,7 @@ fn pools(dual: &[&str], v6_only: &[&str], services: &[&str]) -> Pools {
         v6_only: nets(v6_only),
         services: services
             .iter()
-            .map(|n| n.parse::<IpNet>().expect("a prefix"))
+            .map(|n| n.parse::<IpNet>().expect("a prefix").into())
             .collect(),
     }
 }
@@ -254,7 +255,7 @@ proptest! {
         // Small enough that some lives run out: 16 dual blocks, and 1 to 14 addresses.
         let pools = pools(&["10.64.0.0/23", "10.70.0.0/23"], &["240.0.0.0/22"], &["2001:db8::/125"]);
         let v4: IpNet = format!("192.0.2.0/{v4_bits}").parse().expect("a prefix");
-        let pools = Pools { services: [pools.services, vec![v4]].concat(), ..pools };
+        let pools = Pools { services: [pools.services, vec![v4.into()]].concat(), ..pools };
         let mut held = Assignments::default();
         for (nodes, services) in life {
             let mut text: String = nodes.iter().map(|n| node(&format!("node-{n}"))).collect();
@@ -266,7 +267,7 @@ proptest! {
             let mut seen = BTreeSet::new();
             for address in planned.assignments.addresses.values().flatten() {
                 prop_assert!(seen.insert(*address), "{address} given twice");
-                prop_assert!(pools.services.iter().any(|net| net.contains(address)));
+                prop_assert!(pools.services.iter().any(|range| range.net.contains(address)));
             }
             for (block, owner) in &held.blocks {
                 prop_assert_eq!(planned.assignments.blocks.get(block), Some(owner), "a block moved");

@@ -3,16 +3,12 @@
 //! What holds of every event (one snapshot, `Synced` once, no removal of what was never told, no other object under a name without a
 //! removal, nothing that was not wanted) is checked by the watcher in each case.
 
-mod contract {
-    pub(crate) mod rig;
-}
-
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use contract::rig::{self, FolderRig, Rig, ServerRig};
 use kun_cluster::{Delta, Kind, Object, ObjectName, Wanted};
 use kun_tests::control_plane::ControlPlane;
+use kun_tests::rig::{self, FolderRig, Rig, ServerRig};
 use kun_tests::watcher::Watcher;
 use serde_json::json;
 
@@ -73,7 +69,7 @@ fn the_api_keeps_the_contract() {
         return;
     };
     let plane = builder.start().unwrap();
-    run(&mut ServerRig::new(&plane).unwrap());
+    run(&mut ServerRig::new(plane.kubeconfig()).unwrap());
 }
 
 fn name(namespace: &str, name: &str) -> ObjectName {

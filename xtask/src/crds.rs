@@ -1,4 +1,4 @@
-//! `cargo xtask crds`: the CustomResourceDefinitions in `deploy/crds/`, made from the Rust types.
+//! `cargo xtask crds`: the CustomResourceDefinitions in `deploy/crds/`, made from the Rust types, and the list of them for kustomize.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -69,5 +69,14 @@ fn made(root: &Path) -> Result<BTreeMap<PathBuf, String>> {
         let path = folder.join(format!("kun.network_{}.yaml", definition.resource.plural));
         Ok((path, format!("{HEAD}{text}")))
     });
-    of.collect()
+    let mut made = of.collect::<Result<BTreeMap<_, _>>>()?;
+    // So that deploy/base takes all of them in.
+    let mut list = format!(
+        "{HEAD}apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n"
+    );
+    for name in made.keys().filter_map(|path| path.file_name()) {
+        list.push_str(&format!("  - {}\n", name.to_string_lossy()));
+    }
+    made.insert(folder.join("kustomization.yaml"), list);
+    Ok(made)
 }

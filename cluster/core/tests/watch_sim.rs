@@ -281,6 +281,8 @@ impl Sim {
                 self.server.go_back();
                 self.cut(false);
                 self.server.lie = None;
+                self.server.refuse.clear();
+                // The probe says it; the first bookmark would.
                 self.wait(Duration::from_secs(600));
             }
         }

@@ -31,9 +31,14 @@ impl Access {
             kubeconfig: kubeconfig.map(Path::to_owned),
             connect_within: CONNECT_WITHIN,
         };
-        let runtime = runtime()?;
-        let config = runtime.block_on(access.config())?;
-        drop(config);
+        // On a thread of its own: who opens a source may be inside a runtime, where another cannot be waited for.
+        let read = || runtime()?.block_on(access.config()).map(drop);
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(read);
+            reading
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
         Ok(access)
     }
 
@@ -45,8 +50,9 @@ impl Access {
         }
     }
 
+    /// Less patience than usual; never more.
     pub(crate) fn connect_within(mut self, within: Duration) -> Self {
-        self.connect_within = within;
+        self.connect_within = within.min(CONNECT_WITHIN);
         self
     }
 
@@ -103,6 +109,12 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, ApiError> {
         .enable_all()
         .build()
         .map_err(ApiError::Thread)
+}
+
+/// A parser's error without the picture that it paints below.
+pub(super) fn one_line(error: &KubeconfigError) -> String {
+    let text = error.to_string();
+    text.lines().next().unwrap_or_default().to_owned()
 }
 
 /// What is missing, for a person.

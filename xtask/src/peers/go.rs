@@ -8,8 +8,11 @@ use anyhow::{Context, Result, bail, ensure};
 use super::table::Peer;
 use crate::{apt, command, setup};
 
-/// The first that fetches by itself the toolchain that a module asks for.
+/// The first that fetches another toolchain by itself.
 const LEAST: (u32, u32) = (1, 21);
+/// The toolchain of every build: whoever builds, the same programs come out, and the standard library is compiled once. The peers' own
+/// modules ask for no newer one.
+const TOOLCHAIN: &str = "go1.26.8";
 /// What is unpacked where there is no such Go: Debian 12's own is 1.19, too old to fetch another.
 const SUITE: &str = "bookworm-backports";
 const PACKAGES: [&str; 2] = ["golang-1.23-go", "golang-1.23-src"];
@@ -53,7 +56,7 @@ impl Go {
     }
 
     pub(super) fn describe(&self) -> String {
-        format!("Go {}", self.version)
+        format!("Go {}, by {TOOLCHAIN},", self.version)
     }
 
     /// `go <verb>` with the flags of every build: reproducible, and nothing that a person has set for work of their own.
@@ -65,8 +68,7 @@ impl Go {
             .args([verb, "-trimpath", "-buildvcs=false"])
             .env("GOFLAGS", "")
             .env("GOWORK", "off")
-            // A module asks for the toolchain that it needs; Debian's Go would not fetch it by itself.
-            .env("GOTOOLCHAIN", "auto")
+            .env("GOTOOLCHAIN", TOOLCHAIN)
             .env("CGO_ENABLED", if cgo { "1" } else { "0" })
             .env_remove("GOROOT")
             .env_remove("GOBIN");

@@ -1,7 +1,6 @@
 //! `cargo xtask peers`: builds what tests run beside kun and Debian has not in a current version, once, into the cache.
 //!
-//! One table says what (`table.rs`); a Go of at least 1.21 builds it (`go.rs`) and fetches by itself the exact toolchain that a module
-//! asks for. Each peer has a stamp of what it was built from; where that is unchanged nothing is done. Built one after the other, with a
+//! One table says what (`table.rs`); any Go from 1.21 on builds it (`go.rs`) with one toolchain, which it fetches by itself. Each peer has a stamp of what it was built from; where that is unchanged nothing is done. Built one after the other, with a
 //! low priority: a machine of two cores keeps working meanwhile.
 
 mod control_plane;
@@ -112,6 +111,7 @@ fn build(wanted: &[&Item], directory: &Path) -> Result<()> {
         println!("peers: {} of {} are built", wanted.len(), wanted.len());
         return Ok(());
     }
+    sweep(directory);
     let go = Go::find_or_install()?;
     println!("peers: {} builds {}", go.describe(), directory.display());
     for (index, item) in missing.iter().enumerate() {
@@ -143,6 +143,17 @@ fn build(wanted: &[&Item], directory: &Path) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Removes what builds that were killed have left.
+fn sweep(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let maker = name.to_str().and_then(|name| name.strip_prefix("new-"));
+        if maker.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 /// Moves what was built to where it belongs, then stamps it; gives its size.

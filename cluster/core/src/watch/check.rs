@@ -1,5 +1,8 @@
 //! The check of a watch: names and versions alone, listed by pages now and then, against what was told.
 //!
+//! A watch that resumes after a loss may have come to a server whose data is older: that one waits, without a word, for a version that
+//! it may never reach. So it is asked, with a list of one object, whether it has come as far (a *probe*).
+//!
 //! A list and a watch are never at the same point, so a difference means nothing by itself. One that is the very same, on both
 //! sides, longer than an event can be on its way, was lost or invented.
 
@@ -19,12 +22,16 @@ const MAX_SUSPECTS: usize = 1_000;
 /// Pages of one check: an endless list is no list. Ten thousand pages are five million objects.
 const MAX_PAGES: u32 = 10_000;
 
+/// How the API server calls a resourceVersion that its data has not reached within three seconds.
+const TOO_LARGE: &str = "Too large resource version";
+
 /// What the list says, and what is held.
 type Pair = (Print, Print);
 
 #[derive(Debug)]
 struct Asked {
     exchange: Exchange,
+    probe: bool,
     heard: Duration,
     items: Items,
     refused: Option<(u16, Vec<u8>)>,
@@ -35,6 +42,8 @@ struct Asked {
 pub(super) struct Check {
     /// When to begin; `None`: there is no list yet to check.
     next: Option<Duration>,
+    /// When to probe.
+    probe: Option<Duration>,
     asked: Option<Asked>,
     pages: u32,
     next_page: Option<String>,
@@ -50,6 +59,7 @@ impl Check {
     pub(super) fn new() -> Self {
         Self {
             next: None,
+            probe: None,
             asked: None,
             pages: 0,
             next_page: None,
@@ -67,15 +77,27 @@ impl Check {
 
 impl Watch {
     pub(super) fn check_timeout(&self) -> Duration {
-        match (&self.check.asked, self.check.next) {
-            (Some(asked), _) => asked.heard + self.pace.answer_within,
-            (None, next) => next.unwrap_or(Duration::MAX),
+        match &self.check.asked {
+            Some(asked) => asked.heard + self.pace.answer_within,
+            None => {
+                let due = self.check.probe.into_iter().chain(self.check.next);
+                due.min().unwrap_or(Duration::MAX)
+            }
         }
+    }
+
+    /// A watch has resumed after a loss. Not at once: its whole cluster may have.
+    pub(super) fn probe_soon(&mut self, now: Duration) {
+        let wait = self
+            .jitter
+            .between(Duration::ZERO, self.pace.wait_first * 4);
+        self.check.probe = Some(now + wait);
     }
 
     /// From now, a period later.
     pub(super) fn check_later(&mut self, now: Duration) {
         self.check.asked = None;
+        self.check.probe = None;
         self.check.suspects = None;
         let objects = u32::try_from(self.known.len()).unwrap_or(u32::MAX);
         let period = self.pace.check_per_object.saturating_mul(objects);
@@ -91,6 +113,13 @@ impl Watch {
             if asked.heard + self.pace.answer_within <= cx.now {
                 cx.actions.push(Action::Abort(asked.exchange));
                 self.check_later(cx.now);
+            }
+            return;
+        }
+        if self.check.probe.take_if(|due| *due <= cx.now).is_some() {
+            // Else there is nothing to probe: whoever asks next resumes anew.
+            if let Some(version) = self.watching().map(str::to_owned) {
+                self.check_ask(true, Some(version), None, cx);
             }
             return;
         }
@@ -112,24 +141,38 @@ impl Watch {
         let Some(version) = self.watching().map(str::to_owned) else {
             return self.check_later(cx.now);
         };
+        let token = self.check.next_page.take();
+        // From the server's cache, and not from one that is behind what we know. A server without streaming lists would go to etcd
+        // for that.
+        let at_least = self.streams(cx.now).then_some(version);
+        self.check.pages += 1;
+        self.check_ask(false, at_least, token, cx);
+    }
+
+    fn check_ask(
+        &mut self,
+        probe: bool,
+        at_least: Option<String>,
+        token: Option<String>,
+        cx: &mut Context<'_>,
+    ) {
         let mut query = selectors(self.kind, &self.scope);
-        query.push(("limit", PAGE.to_string()));
-        match self.check.next_page.take() {
-            Some(token) => query.push(("continue", token)),
-            // From the server's cache, and not from one that is behind what we know. A server without streaming lists would go to
-            // etcd for that.
-            None if self.streams(cx.now) => {
+        let limit = if probe { 1 } else { PAGE };
+        query.push(("limit", limit.to_string()));
+        match (token, at_least) {
+            (Some(token), _) => query.push(("continue", token)),
+            (None, Some(version)) => {
                 query.push(("resourceVersion", version));
                 query.push(("resourceVersionMatch", "NotOlderThan".to_owned()));
             }
-            None => query.push(("resourceVersion", "0".to_owned())),
+            (None, None) => query.push(("resourceVersion", "0".to_owned())),
         }
         let accept =
             "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
         let exchange = self.send(Lane::Check, &query, accept, cx);
-        self.check.pages += 1;
         self.check.asked = Some(Asked {
             exchange,
+            probe,
             heard: cx.now,
             items: Items::default(),
             refused: None,
@@ -151,6 +194,7 @@ impl Watch {
             Input::Head { status, .. } => asked.refused = Some((status, Vec::new())),
             Input::Body(bytes) => match &mut asked.refused {
                 Some((_, text)) => text.extend_from_slice(&bytes[..bytes.len().min(1 << 10)]),
+                None if asked.probe => {}
                 None => asked.items.push(bytes, |piece| self.check_item(piece, cx)),
             },
             Input::End => return self.check_page_ended(asked, cx),
@@ -175,6 +219,13 @@ impl Watch {
 
     fn check_page_ended(&mut self, asked: Asked, cx: &mut Context<'_>) {
         if let Some((status, text)) = asked.refused {
+            if status == 504 && said(&text).contains(TOO_LARGE) {
+                self.check_later(cx.now);
+                return self.relist_for_older_data(cx);
+            }
+            if asked.probe {
+                return;
+            }
             self.check.trouble = (status == 403).then(|| {
                 refusal::trouble(
                     &self.resource,
@@ -185,6 +236,9 @@ impl Watch {
                 )
             });
             return self.check_later(cx.now);
+        }
+        if asked.probe {
+            return;
         }
         let Some(envelope) = asked.items.envelope_of().and_then(Envelope::read) else {
             return self.check_later(cx.now);

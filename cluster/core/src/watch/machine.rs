@@ -146,6 +146,8 @@ pub struct Watch {
     backoff: Backoff,
     main: Main,
     pub(super) check: Check,
+    /// The stream before the one that is next, or runs, was lost: another server may answer now.
+    lost: bool,
     /// Of a list that is not complete.
     held: Vec<Delta>,
     synced: bool,
@@ -185,6 +187,7 @@ impl Watch {
             backoff: Backoff::default(),
             main: Main::Waiting { until: now },
             check: Check::new(),
+            lost: false,
             held: Vec::new(),
             synced: false,
             missing: false,
@@ -266,6 +269,9 @@ impl Watch {
             Input::Head { status: 200, .. } => {
                 asked.heard = Some(cx.now);
                 self.trouble = None;
+                if asked.purpose == Purpose::Watch && std::mem::take(&mut self.lost) {
+                    self.probe_soon(cx.now);
+                }
             }
             Input::Head {
                 status,
@@ -392,6 +398,11 @@ impl Watch {
         self.turn(Turn::Relist(Why::Check), cx);
     }
 
+    /// Lists anew because the server has not come as far as what is known.
+    pub(super) fn relist_for_older_data(&mut self, cx: &mut Context<'_>) {
+        self.turn(Turn::Relist(Why::WentBack), cx);
+    }
+
     fn body(&mut self, bytes: &[u8], cx: &mut Context<'_>) {
         let Main::Asked(asked) = &mut self.main else {
             return;
@@ -506,6 +517,7 @@ impl Watch {
 
     /// A list is complete: what it did not name is gone, and all of it is told at once.
     fn complete(&mut self, version: Box<str>, cx: &mut Context<'_>) {
+        self.lost = false;
         self.known.end_list(&mut self.held);
         self.counts.lists += 1;
         if self.why == Why::Check {
@@ -644,6 +656,7 @@ impl Watch {
 
     /// No answer, or half of one.
     fn failed(&mut self, purpose: Purpose, healthy: bool, why: &str, cx: &mut Context<'_>) {
+        self.lost = true;
         if healthy {
             self.backoff.reset();
         }

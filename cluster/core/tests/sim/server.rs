@@ -78,6 +78,7 @@ pub(crate) struct Server {
     /// 410 comes as an event and not as a status.
     pub(crate) gone_in_stream: bool,
     pub(crate) page: usize,
+    pub(crate) bookmarks: bool,
     /// So many continue tokens are refused.
     pub(crate) expire_tokens: u32,
 }
@@ -99,6 +100,7 @@ impl Server {
             streams_asked: 0,
             gone_in_stream: false,
             page: 3,
+            bookmarks: true,
             expire_tokens: 0,
         }
     }
@@ -257,7 +259,11 @@ impl Server {
             .get("resourceVersion")
             .and_then(|v| v.parse::<u64>().ok());
         if at_least.is_some_and(|v| v > self.data.rev) {
-            return refuse(connection, 504, None);
+            refuse(connection, 504, None);
+            connection.out =
+                br#"{"code":504,"message":"Timeout: Too large resource version: 9, current: 8"}"#
+                    .to_vec();
+            return;
         }
         let from = match query
             .get("continue")
@@ -315,6 +321,9 @@ impl Server {
         }
         if now >= connection.next_bookmark {
             connection.next_bookmark = now + BOOKMARK;
+            if !self.bookmarks {
+                return;
+            }
             line(
                 connection,
                 "BOOKMARK",

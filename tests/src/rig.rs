@@ -1,7 +1,8 @@
 //! The two clusters that the contract is tried on, and the objects that are put into them.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use kun_cluster::api::ApiSource;
@@ -9,11 +10,10 @@ use kun_cluster::api::write::{Expected, WriteError, Writer};
 use kun_cluster::folder::FolderSource;
 use kun_cluster::{Kind, ObjectName, Resource, Source};
 use kun_harness::wait_for;
-use kun_tests::control_plane::ControlPlane;
 use serde_json::{Value, json};
 
 /// A cluster that objects can be put into.
-pub(crate) trait Rig {
+pub trait Rig {
     /// The source over it.
     fn source(&self) -> Result<Source>;
     /// Part of the origin of its objects.
@@ -31,7 +31,7 @@ pub(crate) trait Rig {
 }
 
 /// What a fresh API server has of its own.
-pub(crate) fn is_of_the_server(name: &ObjectName) -> bool {
+pub fn is_of_the_server(name: &ObjectName) -> bool {
     let own = |text: &str| text == "default" || text.starts_with("kube-");
     own(&name.namespace) || name.namespace.is_empty() && own(&name.name)
 }
@@ -44,13 +44,15 @@ fn key(object: &Value) -> (String, ObjectName) {
 }
 
 /// A folder with one file an object.
-pub(crate) struct FolderRig {
+#[derive(Debug)]
+pub struct FolderRig {
     folder: tempfile::TempDir,
     put: BTreeMap<(String, ObjectName), PathBuf>,
 }
 
 impl FolderRig {
-    pub(crate) fn new() -> Result<Self> {
+    /// An empty one.
+    pub fn new() -> Result<Self> {
         Ok(Self {
             folder: tempfile::tempdir()?,
             put: BTreeMap::new(),
@@ -111,18 +113,20 @@ impl Rig for FolderRig {
 }
 
 /// A real API server.
-pub(crate) struct ServerRig<'p> {
-    plane: &'p ControlPlane,
+#[derive(Debug)]
+pub struct ServerRig {
+    kubeconfig: PathBuf,
     writer: Writer,
     put: Vec<(String, ObjectName)>,
 }
 
-impl<'p> ServerRig<'p> {
-    pub(crate) fn new(plane: &'p ControlPlane) -> Result<Self> {
-        let writer = Writer::open(Some(plane.kubeconfig()))?;
+impl ServerRig {
+    /// Where our kinds are not defined yet.
+    pub fn new(kubeconfig: &Path) -> Result<Self> {
+        let writer = Writer::open(Some(kubeconfig))?;
         define_kinds(&writer)?;
         Ok(Self {
-            plane,
+            kubeconfig: kubeconfig.to_owned(),
             writer,
             put: Vec::new(),
         })
@@ -130,7 +134,7 @@ impl<'p> ServerRig<'p> {
 }
 
 /// Our kinds as an API server knows them that validates nothing: there, objects can be wrong.
-pub(crate) fn define_kinds(writer: &Writer) -> Result<()> {
+pub fn define_kinds(writer: &Writer) -> Result<()> {
     const DEFINITIONS: Resource = Resource {
         kind: "CustomResourceDefinition",
         group: "apiextensions.k8s.io",
@@ -157,7 +161,7 @@ pub(crate) fn define_kinds(writer: &Writer) -> Result<()> {
         });
         writer.create(DEFINITIONS, &definition)?;
         // Established within moments; until then the server does not know the kind.
-        let within = std::time::Duration::from_secs(30);
+        let within = Duration::from_secs(30);
         wait_for("the definition", within, || {
             writer.list(resource, None).ok()
         })?;
@@ -180,7 +184,7 @@ fn resource(kind: &str) -> Result<Resource> {
     found.with_context(|| format!("no kind {kind}"))
 }
 
-impl ServerRig<'_> {
+impl ServerRig {
     fn put_one(&mut self, object: &Value) -> Result<()> {
         let (kind, name) = key(object);
         let resource = resource(&kind)?;
@@ -193,6 +197,8 @@ impl ServerRig<'_> {
         if kind == "Pod" {
             object["spec"]["containers"] = json!([{"name": "c", "image": "nothing"}]);
             object["spec"]["automountServiceAccountToken"] = json!(false);
+            // No kubelet here would end it.
+            object["spec"]["terminationGracePeriodSeconds"] = json!(0);
             let account = ObjectName::new(&name.namespace, "default");
             let accounts = Resource {
                 kind: "ServiceAccount",
@@ -201,7 +207,7 @@ impl ServerRig<'_> {
                 plural: "serviceaccounts",
                 namespaced: true,
             };
-            let within = std::time::Duration::from_secs(30);
+            let within = Duration::from_secs(30);
             wait_for("the ServiceAccount", within, || {
                 self.writer.get(accounts, &account).ok()
             })?;
@@ -218,7 +224,7 @@ impl ServerRig<'_> {
     }
 
     fn gone(&self, resource: Resource, name: &ObjectName) -> Result<()> {
-        let within = std::time::Duration::from_secs(60);
+        let within = Duration::from_secs(60);
         wait_for("its end", within, || {
             match self.writer.get(resource, name) {
                 Err(WriteError::NotFound { .. }) => Some(()),
@@ -230,31 +236,17 @@ impl ServerRig<'_> {
 
     fn delete(&self, kind: &str, name: &ObjectName) -> Result<()> {
         let resource = resource(kind)?;
-        if kind == "Pod" {
-            // No kubelet here would end it.
-            let path = format!("--namespace={}", name.namespace);
-            let words = [
-                "delete",
-                "pod",
-                &name.name,
-                &path,
-                "--grace-period=0",
-                "--force",
-            ];
-            self.plane.kubectl(&words, "")?;
-        } else {
-            match self.writer.delete(resource, name, &Expected::default()) {
-                Ok(()) | Err(WriteError::NotFound { .. }) => {}
-                Err(error) => bail!(error),
-            }
+        match self.writer.delete(resource, name, &Expected::default()) {
+            Ok(()) | Err(WriteError::NotFound { .. }) => {}
+            Err(error) => bail!(error),
         }
         self.gone(resource, name)
     }
 }
 
-impl Rig for ServerRig<'_> {
+impl Rig for ServerRig {
     fn source(&self) -> Result<Source> {
-        Ok(Source::Api(ApiSource::open(Some(self.plane.kubeconfig()))?))
+        Ok(Source::Api(ApiSource::open(Some(&self.kubeconfig))?))
     }
 
     fn origin(&self) -> &'static str {
@@ -289,11 +281,13 @@ impl Rig for ServerRig<'_> {
     }
 }
 
-pub(crate) fn namespace(name: &str) -> Value {
+/// A Namespace.
+pub fn namespace(name: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
 }
 
-pub(crate) fn service(namespace: &str, name: &str, port: u16) -> Value {
+/// A Service of one port.
+pub fn service(namespace: &str, name: &str, port: u16) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": namespace, "name": name},
         "spec": {"ports": [{"name": "http", "port": port, "protocol": "TCP"}]},
@@ -301,7 +295,7 @@ pub(crate) fn service(namespace: &str, name: &str, port: u16) -> Value {
 }
 
 /// `name-x`, a slice of the service with so many endpoints.
-pub(crate) fn slice(namespace: &str, name: &str, endpoints: u8) -> Value {
+pub fn slice(namespace: &str, name: &str, endpoints: u8) -> Value {
     let endpoint = |i| json!({"addresses": [format!("10.64.0.{i}")], "conditions": {"ready": true}, "nodeName": "a", "zone": "z1"});
     json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
@@ -311,35 +305,41 @@ pub(crate) fn slice(namespace: &str, name: &str, endpoints: u8) -> Value {
     })
 }
 
-pub(crate) fn node(name: &str) -> Value {
+/// A Node in zone z1.
+pub fn node(name: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": "z1"}}})
 }
 
-pub(crate) fn node_with_uid(name: &str, uid: &str) -> Value {
+/// The same with a uid, which only a folder takes from us.
+pub fn node_with_uid(name: &str, uid: &str) -> Value {
     let mut node = node(name);
     node["metadata"]["uid"] = json!(uid);
     node
 }
 
-pub(crate) fn pod(namespace: &str, name: &str, node: &str) -> Value {
+/// A Pod on a node.
+pub fn pod(namespace: &str, name: &str, node: &str) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": namespace, "name": name},
         "spec": {"nodeName": node},
     })
 }
 
-pub(crate) fn lease(namespace: &str, name: &str, holder: &str) -> Value {
+/// A Lease.
+pub fn lease(namespace: &str, name: &str, holder: &str) -> Value {
     json!({
         "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"namespace": namespace, "name": name},
         "spec": {"holderIdentity": holder, "leaseDurationSeconds": 15, "renewTime": "2026-01-01T00:00:00.000000Z"},
     })
 }
 
-pub(crate) fn pool(name: &str, pods: &str) -> Value {
+/// An IPPool.
+pub fn pool(name: &str, pods: &str) -> Value {
     json!({"apiVersion": "kun.network/v1alpha1", "kind": "IPPool", "metadata": {"name": name}, "spec": {"pods": [pods]}})
 }
 
-pub(crate) fn block(name: &str, first: &str, node: &str) -> Value {
+/// An IPAMBlock.
+pub fn block(name: &str, first: &str, node: &str) -> Value {
     json!({
         "apiVersion": "kun.network/v1alpha1", "kind": "IPAMBlock", "metadata": {"name": name},
         "spec": {"first": first, "node": node},
