@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kun_cluster_core::crd::{Broken, DEFINITIONS, broken_by_change};
+use kun_cluster_core::crd::{Broken, DEFINITIONS, Phase, broken_by_change};
 use kun_cluster_core::{Manifest, Object, parse_manifest, parse_with_status};
 use kun_config::Faults;
 use serde_json::Value;
@@ -307,4 +307,55 @@ fn schemas_are_structural_bounded_and_described() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn what_an_earlier_owner_said_of_a_block_does_not_count() {
+    let block = |epoch: u32| {
+        let text = format!(
+            "{{apiVersion: kun.network/v1alpha1, kind: IPAMBlock, metadata: {{name: block-10-64-0-0}}, spec: {{first: 10.64.0.0, node: a, epoch: {epoch}}}, status: {{epoch: 2, phase: Drained}}}}"
+        );
+        match parse_manifest("m.yaml", &text)
+            .expect("right")
+            .objects
+            .remove(0)
+        {
+            Object::IpamBlock(block) => block.phase(),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(block(2), Phase::Drained);
+    assert_eq!(block(3), Phase::Pending);
+}
+
+#[test]
+fn an_override_counts_in_its_time_and_its_text_says_all_that_decides() {
+    let example = &documents("../../deploy/crds/examples")
+        .into_iter()
+        .find(|d| d.file == "brakeoverride.yaml")
+        .expect("an example");
+    let Object::BrakeOverride(example) = object(example, parse_manifest) else {
+        panic!("another kind")
+    };
+    let spec = &example.spec;
+    let (from, until) = (spec.not_before.unix(), spec.expires_at.unix());
+    assert_eq!(until - from, 4 * 3600);
+    assert!(spec.counts_at(from) && spec.counts_at(until - 1));
+    assert!(!spec.counts_at(from - 1) && !spec.counts_at(until));
+    assert_eq!(
+        spec.text_to_sign(&example.meta.name.name),
+        "kun.network/v1alpha1 BrakeOverride
+name shop-moves-away
+brake Endpoints
+brake VirtualAddresses
+namespace shop
+namespace shop-staging
+everything false
+withdrawals 500
+from 2026-11-26T20:00:00Z
+until 2026-11-27T00:00:00Z
+requested by carol@example.org
+reason The shop moves to the other cluster; change 4711.
+"
+    );
 }

@@ -80,7 +80,7 @@ fn plane() -> Option<(&'static ControlPlane, MutexGuard<'static, ()>)> {
     APPLIED.call_once(|| {
         let folder = workspace().join("deploy/crds");
         let folder = folder.to_string_lossy();
-        let said = kubectl(plane, &["apply", "--server-side", "-f", &folder]);
+        let said = kubectl(plane, &["apply", "--server-side", "-k", &folder]);
         // Such as an unknown format, or a rule that is too costly.
         assert!(!said.contains("Warning"), "{said}");
         for definition in &DEFINITIONS {
