@@ -9,8 +9,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use super::answer::{Envelope, Purpose, said};
 use super::known::{Item, Print};
-use super::machine::{Envelope, Purpose, said};
 use super::split::{Items, Piece};
 use super::{Action, Context, Exchange, Input, Lane, PAGE, Watch, refusal};
 use crate::ObjectName;

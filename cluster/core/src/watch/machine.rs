@@ -1,15 +1,17 @@
 //! One kind in one scope: list, watch, resume, relist.
 
+mod asking;
+
 use std::time::Duration;
 
+use super::answer::{Counts, Envelope, Purpose, said};
 use super::backoff::{Backoff, Jitter};
 use super::check::Check;
 use super::json;
 use super::known::{Known, number};
 use super::refusal::{self, Meaning};
 use super::split::{Items, Lines, MAX_OBJECT, Piece};
-use super::{Action, Context, Exchange, Input, Lane, PAGE, Pace, Request};
-use crate::resource::{encode, selectors};
+use super::{Action, Context, Exchange, Input, Lane, Pace};
 use crate::{Delta, Kind, Resource, Scope};
 
 /// The text of a refusal that is read; the API server's are some hundred bytes.
@@ -24,28 +26,6 @@ const SILENT_STREAMS: u32 = 2;
 /// Continue tokens in a row that expired (they live five minutes): after this the list is asked for in one piece.
 const EXPIRED_LISTS: u32 = 2;
 
-/// What a request of the main conversation is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Purpose {
-    /// A streaming list that goes on as a watch.
-    Stream,
-    /// A page of a list.
-    Page,
-    /// A watch from a known version.
-    Watch,
-    /// A page of a check.
-    Check,
-}
-
-impl Purpose {
-    pub(super) fn verb(self) -> &'static str {
-        match self {
-            Self::Stream | Self::Watch => "watch",
-            Self::Page | Self::Check => "list",
-        }
-    }
-}
-
 /// Why everything is listed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Why {
@@ -59,27 +39,6 @@ enum Why {
     Doubt,
     /// A check found a difference that stays.
     Check,
-}
-
-/// How often what has happened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Counts {
-    /// Requests sent.
-    pub requests: u64,
-    /// Lists completed.
-    pub lists: u64,
-    /// Versions that the server had forgotten.
-    pub gone: u64,
-    /// Times the server's data was older than before.
-    pub went_back: u64,
-    /// Streams given up for silence.
-    pub silent: u64,
-    /// Checks completed.
-    pub checks: u64,
-    /// Objects that a watch had lost or invented, put right after a check.
-    pub repaired: u64,
-    /// Objects too large to be read.
-    pub too_large: u64,
 }
 
 #[derive(Debug)]
@@ -291,91 +250,6 @@ impl Watch {
             Input::End => self.ended(None, cx),
             Input::Lost(why) => self.ended(Some(why), cx),
         }
-    }
-
-    /// Sends the request that is next.
-    fn ask(&mut self, cx: &mut Context<'_>) {
-        let purpose = match &self.version {
-            Some(_) => Purpose::Watch,
-            None if self.streams(cx.now) && self.next_page.is_none() => Purpose::Stream,
-            None => Purpose::Page,
-        };
-        if purpose == Purpose::Stream || (purpose == Purpose::Page && self.next_page.is_none()) {
-            self.known.begin_list();
-            self.missing = false;
-        }
-        let mut query: Vec<(&str, String)> = selectors(self.kind, &self.scope);
-        let body = match purpose {
-            Purpose::Stream | Purpose::Watch => {
-                let longest = self.pace.watch_for * 2;
-                let seconds = self
-                    .jitter
-                    .between(self.pace.watch_for, longest)
-                    .as_secs()
-                    .max(1);
-                query.push(("watch", "1".to_owned()));
-                query.push(("allowWatchBookmarks", "true".to_owned()));
-                query.push(("timeoutSeconds", seconds.to_string()));
-                BodyOf::Lines(Lines::default())
-            }
-            Purpose::Page | Purpose::Check => BodyOf::Items(Box::default()),
-        };
-        match purpose {
-            Purpose::Watch => {
-                let version = self.version.as_deref().unwrap_or_default();
-                query.push(("resourceVersion", version.to_owned()));
-            }
-            // No resourceVersion: the newest data, not what some cache has.
-            Purpose::Stream => {
-                query.push(("sendInitialEvents", "true".to_owned()));
-                query.push(("resourceVersionMatch", "NotOlderThan".to_owned()));
-            }
-            Purpose::Page | Purpose::Check => {
-                if self.expired_lists < EXPIRED_LISTS {
-                    query.push(("limit", PAGE.to_string()));
-                }
-                let token = self.next_page.clone();
-                query.extend(token.map(|token| ("continue", token)));
-            }
-        }
-        let exchange = self.send(Lane::Main, &query, "application/json", cx);
-        self.main = Main::Asked(Asked {
-            exchange,
-            purpose,
-            since: cx.now,
-            heard: None,
-            spoke: false,
-            body,
-        });
-    }
-
-    pub(super) fn send(
-        &mut self,
-        lane: Lane,
-        query: &[(&str, String)],
-        accept: &'static str,
-        cx: &mut Context<'_>,
-    ) -> Exchange {
-        self.serial += 1;
-        self.counts.requests += 1;
-        let exchange = Exchange {
-            watch: self.index,
-            lane,
-            serial: self.serial,
-        };
-        let mut path = self.resource.collection(None);
-        for (i, (key, value)) in query.iter().enumerate() {
-            path.push(if i == 0 { '?' } else { '&' });
-            path.push_str(key);
-            path.push('=');
-            encode(&mut path, value);
-        }
-        cx.actions.push(Action::Send(Request {
-            exchange,
-            path,
-            accept,
-        }));
-        exchange
     }
 
     /// Whether streaming lists are to be asked for.
@@ -751,37 +625,5 @@ impl Watch {
                 }
             }
         }
-    }
-}
-
-/// A list without its items.
-#[derive(Debug, Default)]
-pub(super) struct Envelope {
-    pub(super) version: String,
-    pub(super) next: String,
-}
-
-impl Envelope {
-    pub(super) fn read(json: &[u8]) -> Option<Self> {
-        let list: serde_json::Value = serde_json::from_slice(json).ok()?;
-        let meta = &list["metadata"];
-        Some(Self {
-            version: meta["resourceVersion"].as_str()?.to_owned(),
-            next: meta["continue"].as_str().unwrap_or_default().to_owned(),
-        })
-    }
-}
-
-/// The message of a Status, or what stood there instead.
-pub(super) fn said(text: &[u8]) -> String {
-    const SHOWN: usize = 300;
-    let status: serde_json::Value = serde_json::from_slice(text).unwrap_or_default();
-    match status["message"].as_str() {
-        Some(message) => message.chars().take(SHOWN).collect(),
-        None => String::from_utf8_lossy(text)
-            .trim()
-            .chars()
-            .take(SHOWN)
-            .collect(),
     }
 }

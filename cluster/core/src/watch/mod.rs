@@ -15,6 +15,7 @@
 //! Governing: the Kubernetes API concepts ("Efficient detection of changes", "Resource versions", "Streaming lists"), KEP-3157,
 //! KEP-5504.
 
+mod answer;
 mod backoff;
 mod check;
 mod hub;
@@ -26,8 +27,9 @@ mod split;
 
 use std::time::Duration;
 
+pub use answer::Counts;
 pub use hub::Hub;
-pub use machine::{Counts, Watch};
+pub use machine::Watch;
 
 use crate::{Delta, Interner};
 

@@ -1,6 +1,6 @@
 //! What an answer other than 200 means for a watch: every status has one meaning, in one table.
 
-use super::machine::Purpose;
+use super::answer::Purpose;
 use crate::Resource;
 
 /// What to do about a refused request.

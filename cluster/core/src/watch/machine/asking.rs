@@ -1,0 +1,94 @@
+//! What is asked of the API server, and how.
+
+use super::{Asked, BodyOf, EXPIRED_LISTS, Main, Watch};
+use crate::resource::{encode, selectors};
+use crate::watch::answer::Purpose;
+use crate::watch::split::Lines;
+use crate::watch::{Action, Context, Exchange, Lane, PAGE, Request};
+
+impl Watch {
+    /// Sends the request that is next.
+    pub(super) fn ask(&mut self, cx: &mut Context<'_>) {
+        let purpose = match &self.version {
+            Some(_) => Purpose::Watch,
+            None if self.streams(cx.now) && self.next_page.is_none() => Purpose::Stream,
+            None => Purpose::Page,
+        };
+        if purpose == Purpose::Stream || (purpose == Purpose::Page && self.next_page.is_none()) {
+            self.known.begin_list();
+            self.missing = false;
+        }
+        let mut query: Vec<(&str, String)> = selectors(self.kind, &self.scope);
+        let body = match purpose {
+            Purpose::Stream | Purpose::Watch => {
+                let longest = self.pace.watch_for * 2;
+                let seconds = self
+                    .jitter
+                    .between(self.pace.watch_for, longest)
+                    .as_secs()
+                    .max(1);
+                query.push(("watch", "1".to_owned()));
+                query.push(("allowWatchBookmarks", "true".to_owned()));
+                query.push(("timeoutSeconds", seconds.to_string()));
+                BodyOf::Lines(Lines::default())
+            }
+            Purpose::Page | Purpose::Check => BodyOf::Items(Box::default()),
+        };
+        match purpose {
+            Purpose::Watch => {
+                let version = self.version.as_deref().unwrap_or_default();
+                query.push(("resourceVersion", version.to_owned()));
+            }
+            // No resourceVersion: the newest data, not what some cache has.
+            Purpose::Stream => {
+                query.push(("sendInitialEvents", "true".to_owned()));
+                query.push(("resourceVersionMatch", "NotOlderThan".to_owned()));
+            }
+            Purpose::Page | Purpose::Check => {
+                if self.expired_lists < EXPIRED_LISTS {
+                    query.push(("limit", PAGE.to_string()));
+                }
+                let token = self.next_page.clone();
+                query.extend(token.map(|token| ("continue", token)));
+            }
+        }
+        let exchange = self.send(Lane::Main, &query, "application/json", cx);
+        self.main = Main::Asked(Asked {
+            exchange,
+            purpose,
+            since: cx.now,
+            heard: None,
+            spoke: false,
+            body,
+        });
+    }
+
+    pub(in crate::watch) fn send(
+        &mut self,
+        lane: Lane,
+        query: &[(&str, String)],
+        accept: &'static str,
+        cx: &mut Context<'_>,
+    ) -> Exchange {
+        self.serial += 1;
+        self.counts.requests += 1;
+        let exchange = Exchange {
+            watch: self.index,
+            lane,
+            serial: self.serial,
+        };
+        let mut path = self.resource.collection(None);
+        for (i, (key, value)) in query.iter().enumerate() {
+            path.push(if i == 0 { '?' } else { '&' });
+            path.push_str(key);
+            path.push('=');
+            encode(&mut path, value);
+        }
+        cx.actions.push(Action::Send(Request {
+            exchange,
+            path,
+            accept,
+        }));
+        exchange
+    }
+}
