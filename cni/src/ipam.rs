@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use kun_cni_core::ipam::{Command, Effect, Ipam, Key, Owner, Pod, Record, Reply, SlotState};
+use kun_cni_core::ipam::{
+    Choice, Command, Effect, Ipam, Key, Owner, Pod, Record, Reply, SlotState, Unavailable,
+};
 use kun_config::types::{BlockId, PodPrefix, Slot, SlotClass};
 use kun_control::{Allocation, AttachmentKey, PodRef, Request, Response, SlotRow};
 
@@ -114,11 +116,17 @@ impl IpamService {
         Ok(service)
     }
 
-    /// Answers `Allocate`, `Attached`, `Release`, `Lookup` and `Ipam`, durably where something changed; blocks for one flush.
-    /// `Attached` is only acknowledged: programs and routes are the agent's.
+    /// Answers `Allocate`, `Attached`, `Verify`, `Release`, `Lookup`, `Capacity` and `Ipam`, durably where something changed; blocks for one flush.
+    /// `Attached` and `Verify` are only acknowledged: programs and routes are the agent's.
     pub fn handle(&self, request: &Request, now: BootTime) -> Response {
         match request {
-            Request::Allocate { key, pod, class } => {
+            Request::Allocate {
+                key,
+                pod,
+                class,
+                slot,
+                within,
+            } => {
                 if let Some(refused) = refuse(key, pod) {
                     return refused;
                 }
@@ -131,14 +139,38 @@ impl IpamService {
                     },
                 };
                 let class = class.unwrap_or(self.default_class);
-                self.respond(Command::Allocate { owner, class }, now)
+                let command = match (slot, within.as_slice()) {
+                    (Some(slot), _) => Command::AllocateOf {
+                        owner,
+                        choice: Choice::Slot(*slot),
+                    },
+                    (None, []) => Command::Allocate { owner, class },
+                    (None, ranges) => Command::AllocateOf {
+                        owner,
+                        choice: Choice::Within {
+                            class,
+                            ranges: ranges.iter().map(|r| (r.first, r.last)).collect(),
+                        },
+                    },
+                };
+                self.respond(command, now)
             }
             Request::Release { key, generation } => {
                 let key = core_key(key);
                 let generation = *generation;
                 self.respond(Command::Release { key, generation }, now)
             }
-            Request::Attached { .. } => Response::Done,
+            Request::Attached { .. } | Request::Verify { .. } => Response::Done,
+            Request::Capacity { class } => {
+                match self.counts(class.unwrap_or(self.default_class), now) {
+                    Ok((allocated, cooling, free)) => Response::Capacity {
+                        allocated,
+                        cooling,
+                        free,
+                    },
+                    Err(e) => failed(e),
+                }
+            }
             Request::Lookup { key } => match self.read(now, |core| core.lookup(&core_key(key))) {
                 Ok(Some(found)) => Response::Allocation {
                     allocation: self.allocation(&found),
@@ -238,6 +270,20 @@ impl IpamService {
                 retry_after_secs: retry_after.map(round_up),
                 allocated,
                 cooling,
+            },
+            Ok(Reply::Unavailable { slot, because }) => Response::Unavailable {
+                slot,
+                because: match because {
+                    Unavailable::NotOurs => kun_control::Unavailable::NotOurs,
+                    Unavailable::Allocated(owner) => kun_control::Unavailable::Allocated {
+                        key: control_key(&owner.key),
+                        pod: control_pod(&owner.pod),
+                    },
+                    Unavailable::Cooling(left) => kun_control::Unavailable::Cooling {
+                        free_in_secs: Some(round_up(left)),
+                    },
+                    Unavailable::HasAnother(slot) => kun_control::Unavailable::HasAnother { slot },
+                },
             },
             Ok(
                 Reply::Released(_) | Reply::NothingToRelease | Reply::Done | Reply::TooManyBlocks,

@@ -14,7 +14,9 @@ use kun_cni_core::spec::{
 };
 use kun_config::Config;
 use kun_config::types::SlotClass;
-use kun_control::{Allocation, AttachmentKey, Client, ClientError, PodRef, Request, Response};
+use kun_control::{
+    Allocation, AttachmentKey, Client, ClientError, PodRef, Request, Response, Traffic,
+};
 use serde_json::{Value, json};
 
 use crate::allocator::Allocator;
@@ -141,6 +143,8 @@ fn allocate(
         key: key.clone(),
         pod,
         class,
+        slot: None,
+        within: Vec::new(),
     })?;
     match response {
         Response::Allocation { allocation } => Ok(allocation),
@@ -188,6 +192,7 @@ fn attached(
     let request = Request::Attached {
         key: key.clone(),
         host_interfaces: facts.pairs().into_iter().map(|pair| pair.host).collect(),
+        traffic: Traffic::default(),
     };
     match client.ask(&request) {
         Ok(Response::Done) => Ok(()),

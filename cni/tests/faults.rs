@@ -15,7 +15,7 @@ use kun_cni_core::ipam::Key;
 use kun_cni_core::plan::{self, Facts};
 use kun_config::Interfaces;
 use kun_config::types::{BlockId, Slot, SlotClass};
-use kun_control::{AttachmentKey, PodRef, Request, Response};
+use kun_control::{AttachmentKey, PodRef, Request, Response, Traffic};
 use kun_harness::{require_root, wait_for};
 use node::{Node, Pod, address};
 use serde_json::{Value, json};
@@ -40,6 +40,8 @@ fn allocated(node: &Node, pod: &Pod) -> Facts {
         key: key(pod),
         pod: PodRef::default(),
         class: Some(SlotClass::Dual),
+        slot: None,
+        within: Vec::new(),
     };
     let Response::Allocation { allocation } = node.service().handle(&request, clock::now()) else {
         panic!("no slot");
@@ -203,6 +205,8 @@ fn exhaustion_says_when_to_come_again() {
             },
             pod: PodRef::default(),
             class: Some(SlotClass::Dual),
+            slot: None,
+            within: Vec::new(),
         };
         service.handle(&request, clock::now());
         if i == 0 {
@@ -300,10 +304,13 @@ fn with_an_agent_the_store_is_the_agents() {
                 uid: String::new(),
             },
             class: Some(SlotClass::Dual),
+            slot: None,
+            within: Vec::new(),
         },
         Request::Attached {
             key: key(&pod),
             host_interfaces: host_interface_names(&key(&pod), SlotClass::Dual, Interfaces::Split),
+            traffic: Traffic::default(),
         },
         Request::Lookup { key: key(&pod) },
         Request::Release {
@@ -498,6 +505,8 @@ fn what_many_callers_were_told_is_in_the_store() {
                                 key: key.clone(),
                                 pod: PodRef::default(),
                                 class: Some(SlotClass::Dual),
+                                slot: None,
+                                within: Vec::new(),
                             };
                             let response = service.handle(&allocate, clock::now());
                             let Response::Allocation { allocation } = response else {

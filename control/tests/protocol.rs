@@ -1,13 +1,15 @@
 //! The lines on the wire, byte for byte in both directions, and what the client makes of an agent that misbehaves.
 
 use std::io::{BufRead, BufReader, Write};
+use std::num::{NonZeroU16, NonZeroU64};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use kun_config::types::{Slot, SlotClass};
 use kun_control::{
-    Allocation, AttachmentKey, BgpSession, ClientError, Fact, MAX_LINE, PodRef, Request, Response,
-    SlotRow, Status, WhyStep, ask,
+    Allocation, AttachmentKey, Bandwidth, BgpSession, ClientError, Fact, MAX_LINE, PodRef,
+    PortMapping, RateLimit, Request, Response, SlotRange, SlotRow, Status, Traffic, Transport,
+    Unavailable, WhyStep, ask,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -44,6 +46,8 @@ fn requests() {
             key: key(),
             pod: pod(),
             class,
+            slot: None,
+            within: Vec::new(),
         },
         &format!(r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":"v6-only"}}"#),
     );
@@ -51,8 +55,60 @@ fn requests() {
         &Request::Attached {
             key: key(),
             host_interfaces: vec!["kun0a".to_owned()],
+            traffic: Traffic::default(),
         },
         &format!(r#"{{"op":"attached","key":{KEY},"host_interfaces":["kun0a"]}}"#),
+    );
+    golden(
+        &Request::Allocate {
+            key: key(),
+            pod: pod(),
+            class: None,
+            slot: Some(Slot(0x0a40_0001)),
+            within: vec![SlotRange {
+                first: Slot(1),
+                last: Slot(2),
+            }],
+        },
+        &format!(
+            r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":null,"slot":171966465,"within":[{{"first":1,"last":2}}]}}"#
+        ),
+    );
+    let traffic = Traffic {
+        bandwidth: Bandwidth {
+            ingress: Some(RateLimit {
+                rate: NonZeroU64::MIN,
+                burst: None,
+            }),
+            egress: None,
+        },
+        port_mappings: vec![PortMapping {
+            host_port: NonZeroU16::MIN,
+            container_port: NonZeroU16::MAX,
+            protocol: Transport::Udp,
+            host_ip: "::".parse().ok(),
+        }],
+    };
+    const TRAFFIC: &str = r#"{"bandwidth":{"ingress":{"rate":1,"burst":null},"egress":null},"portMappings":[{"hostPort":1,"containerPort":65535,"protocol":"udp","hostIp":"::"}]}"#;
+    golden(
+        &Request::Attached {
+            key: key(),
+            host_interfaces: vec![],
+            traffic: traffic.clone(),
+        },
+        &format!(r#"{{"op":"attached","key":{KEY},"host_interfaces":[],"traffic":{TRAFFIC}}}"#),
+    );
+    golden(
+        &Request::Verify {
+            key: key(),
+            host_interfaces: vec![],
+            traffic,
+        },
+        &format!(r#"{{"op":"verify","key":{KEY},"host_interfaces":[],"traffic":{TRAFFIC}}}"#),
+    );
+    golden(
+        &Request::Capacity { class: None },
+        r#"{"op":"capacity","class":null}"#,
     );
     for (generation, told) in [(None, "null"), (Some(3), "3")] {
         let release = Request::Release {
@@ -103,6 +159,46 @@ fn answers() {
         ),
     );
     golden(&Response::Done, r#"{"is":"done"}"#);
+    golden(
+        &Response::NotAsExpected {
+            missing: vec!["x".to_owned()],
+        },
+        r#"{"is":"not-as-expected","missing":["x"]}"#,
+    );
+    golden(
+        &Response::Capacity {
+            allocated: 1,
+            cooling: 2,
+            free: 3,
+        },
+        r#"{"is":"capacity","allocated":1,"cooling":2,"free":3}"#,
+    );
+    let reasons = [
+        (Unavailable::NotOurs, r#"{"is":"not-ours"}"#.to_owned()),
+        (
+            Unavailable::Allocated {
+                key: key(),
+                pod: pod(),
+            },
+            format!(r#"{{"is":"allocated","key":{KEY},"pod":{POD}}}"#),
+        ),
+        (
+            Unavailable::Cooling {
+                free_in_secs: Some(9),
+            },
+            r#"{"is":"cooling","free_in_secs":9}"#.to_owned(),
+        ),
+        (
+            Unavailable::HasAnother { slot },
+            r#"{"is":"has-another","slot":171966465}"#.to_owned(),
+        ),
+    ];
+    for (because, told) in reasons {
+        golden(
+            &Response::Unavailable { slot, because },
+            &format!(r#"{{"is":"unavailable","slot":171966465,"because":{told}}}"#),
+        );
+    }
     golden(&Response::Unknown, r#"{"is":"unknown"}"#);
     golden(
         &Response::Exhausted {

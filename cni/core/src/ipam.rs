@@ -141,6 +141,14 @@ pub enum Command {
         /// With IPv4 or without.
         class: SlotClass,
     },
+    /// A slot for the key out of these: the one it has if it is one of them, else the first that is free. A fixed address cools
+    /// like any other.
+    AllocateOf {
+        /// For whom.
+        owner: Owner,
+        /// Which would do.
+        choice: Choice,
+    },
     /// The key's slot begins to cool.
     Release {
         /// Whose.
@@ -152,6 +160,33 @@ pub enum Command {
     SetBlocks(BTreeSet<BlockId>),
     /// Only let time pass.
     Tick,
+}
+
+/// Slots that would do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Choice {
+    /// This one and no other.
+    Slot(Slot),
+    /// One of the class in one of these ranges, first and last included.
+    Within {
+        /// With IPv4 or without.
+        class: SlotClass,
+        /// The ranges.
+        ranges: Vec<(Slot, Slot)>,
+    },
+}
+
+/// Why one slot cannot be had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unavailable {
+    /// In no block of ours.
+    NotOurs,
+    /// In use.
+    Allocated(Owner),
+    /// Cooling, for so long still.
+    Cooling(Duration),
+    /// The key has this slot already.
+    HasAnother(Slot),
 }
 
 /// A live allocation.
@@ -178,6 +213,13 @@ pub enum Reply {
         allocated: u32,
         /// Slots of the class that cool.
         cooling: u32,
+    },
+    /// The one slot that was asked for cannot be had.
+    Unavailable {
+        /// Which.
+        slot: Slot,
+        /// Why not.
+        because: Unavailable,
     },
     /// The slot cools.
     Released(Slot),
@@ -344,6 +386,9 @@ impl Ipam {
         self.cool(SlotClass::V6Only, now, &mut effects);
         let reply = match command {
             Command::Allocate { owner, class } => self.allocate(owner, class, now, &mut effects),
+            Command::AllocateOf { owner, choice } => {
+                self.allocate_of(owner, &choice, now, &mut effects)
+            }
             Command::Release { key, generation } => {
                 self.release(&key, generation, now, &mut effects)
             }
@@ -469,8 +514,75 @@ impl Ipam {
         else {
             return self.exhausted(class, now);
         };
-        let generation = self.records.get(&slot).map_or(0, |r| r.generation) + 1;
+        self.take(slot, owner, effects)
+    }
 
+    fn allocate_of(
+        &mut self,
+        owner: Owner,
+        choice: &Choice,
+        now: BootTime,
+        effects: &mut Vec<Effect>,
+    ) -> Reply {
+        let live = self.lookup(&owner.key);
+        let slot = match choice {
+            Choice::Slot(slot) => {
+                let slot = *slot;
+                let because = match (live, self.records.get(&slot).map(|r| &r.state)) {
+                    (Some(live), _) if live.slot == slot => return Reply::Allocated(live),
+                    (Some(live), _) => Some(Unavailable::HasAnother(live.slot)),
+                    (None, Some(SlotState::Allocated { owner })) => {
+                        Some(Unavailable::Allocated(owner.clone()))
+                    }
+                    (None, _) if !self.is_owned(slot.block()) => Some(Unavailable::NotOurs),
+                    (None, Some(SlotState::Cooling { since, .. })) => {
+                        Some(Unavailable::Cooling(self.remaining(*since, now)))
+                    }
+                    (None, Some(SlotState::Free) | None) => None,
+                };
+                if let Some(because) = because {
+                    return Reply::Unavailable { slot, because };
+                }
+                slot
+            }
+            Choice::Within { class, ranges } => {
+                let within = |slot: &Slot| {
+                    ranges
+                        .iter()
+                        .any(|(first, last)| (first..=last).contains(&slot))
+                };
+                if let Some(live) = live {
+                    return match within(&live.slot) {
+                        true => Reply::Allocated(live),
+                        false => Reply::Unavailable {
+                            slot: live.slot,
+                            because: Unavailable::HasAnother(live.slot),
+                        },
+                    };
+                }
+                let waiting = self.waiting(*class);
+                let found = waiting.fresh.iter().copied().find(within).or_else(|| {
+                    let mut free = waiting.free.values();
+                    free.find(|slot| within(slot)).copied()
+                });
+                match found {
+                    Some(slot) => slot,
+                    None => return self.exhausted(*class, now),
+                }
+            }
+        };
+        let sequence = self.records.get(&slot).map(|r| r.sequence);
+        let waiting = self.waiting(slot.class());
+        waiting.fresh.remove(&slot);
+        if let Some(sequence) = sequence {
+            waiting.free.remove(&sequence);
+        }
+        self.take(slot, owner, effects)
+    }
+
+    /// Gives a slot that waits in no index any more to its owner.
+    fn take(&mut self, slot: Slot, owner: Owner, effects: &mut Vec<Effect>) -> Reply {
+        let generation = self.records.get(&slot).map_or(0, |r| r.generation) + 1;
         let record = Record {
             slot,
             generation,

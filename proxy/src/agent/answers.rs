@@ -42,6 +42,7 @@ impl Answers {
             Request::Attached {
                 key,
                 host_interfaces,
+                traffic: _,
             } => self.attached(key, host_interfaces),
             Request::Release { key, .. } => self.release(request, key),
             Request::Status => Response::Status {
@@ -53,9 +54,11 @@ impl Answers {
                 destination,
                 port,
             } => self.why(protocol, *source, *destination, *port),
-            Request::Allocate { .. } | Request::Lookup { .. } | Request::Ipam => {
-                self.ipam.handle(request, clock::now())
-            }
+            Request::Allocate { .. }
+            | Request::Verify { .. }
+            | Request::Lookup { .. }
+            | Request::Capacity { .. }
+            | Request::Ipam => self.ipam.handle(request, clock::now()),
         }
     }
 

@@ -376,6 +376,8 @@ fn durable_rate(context: &Context) -> Result<Row> {
                             key: key(caller, n),
                             pod: PodRef::default(),
                             class: Some(SlotClass::Dual),
+                            slot: None,
+                            within: Vec::new(),
                         };
                         match service.handle(&allocate, clock::now()) {
                             Response::Allocation { .. } => {}
