@@ -145,6 +145,7 @@ fn allocate(
         class,
         slot: None,
         within: Vec::new(),
+        delegated: false,
     })?;
     match response {
         Response::Allocation { allocation } => Ok(allocation),

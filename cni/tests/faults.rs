@@ -42,6 +42,7 @@ fn allocated(node: &Node, pod: &Pod) -> Facts {
         class: Some(SlotClass::Dual),
         slot: None,
         within: Vec::new(),
+        delegated: false,
     };
     let Response::Allocation { allocation } = node.service().handle(&request, clock::now()) else {
         panic!("no slot");
@@ -207,6 +208,7 @@ fn exhaustion_says_when_to_come_again() {
             class: Some(SlotClass::Dual),
             slot: None,
             within: Vec::new(),
+            delegated: false,
         };
         service.handle(&request, clock::now());
         if i == 0 {
@@ -306,6 +308,7 @@ fn with_an_agent_the_store_is_the_agents() {
             class: Some(SlotClass::Dual),
             slot: None,
             within: Vec::new(),
+            delegated: false,
         },
         Request::Attached {
             key: key(&pod),
@@ -507,6 +510,7 @@ fn what_many_callers_were_told_is_in_the_store() {
                                 class: Some(SlotClass::Dual),
                                 slot: None,
                                 within: Vec::new(),
+                                delegated: false,
                             };
                             let response = service.handle(&allocate, clock::now());
                             let Response::Allocation { allocation } = response else {
