@@ -10,7 +10,8 @@ use std::os::unix::net::UnixListener;
 use std::process::Stdio;
 use std::time::Duration;
 
-use kun_cni::{clock, host_interface_names, kernel, netns};
+use kun_cni::kernel::Kernel;
+use kun_cni::{clock, host_interface_names, netns};
 use kun_cni_core::ipam::Key;
 use kun_cni_core::plan::{self, Facts};
 use kun_config::Interfaces;
@@ -83,7 +84,8 @@ fn a_crash_after_any_step_is_cleaned_by_del_and_add_works_again() {
         // As if killed here: nothing is undone.
         node.netns.run(|| {
             let inside = netns::Netns::open(&pod.netns.path()).unwrap();
-            kernel::apply(&ops[..step], &inside, &mut Vec::new()).unwrap();
+            let mut kernel = Kernel::open(&inside).unwrap();
+            kernel.apply(&ops[..step], &mut Vec::new()).unwrap();
         });
         node.del(&pod).unwrap();
         assert_eq!(node.leavings(), "", "after step {step}");
