@@ -7,11 +7,13 @@
 
 pub mod allocator;
 pub mod clock;
+pub mod disk;
 pub mod ipam;
 pub mod kernel;
 pub mod netlink;
 pub mod netns;
 pub mod plugin;
+mod rows;
 pub mod spool;
 pub mod store;
 

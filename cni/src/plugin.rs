@@ -111,7 +111,7 @@ fn add(
     kernel::require_absent(&netns, std::slice::from_ref(&attachment.ifname))?;
 
     let mut allocator = Allocator::open(config)?;
-    let allocation = allocate(&mut allocator, &key, pod(attachment), class, config)?;
+    let allocation = allocate(&mut allocator, &key, pod(attachment), class)?;
     // Alone, the store is closed at once: others wait for it.
     let agent = match allocator {
         Allocator::Agent(client) => Some(client),
@@ -137,7 +137,6 @@ fn allocate(
     key: &AttachmentKey,
     pod: PodRef,
     class: Option<SlotClass>,
-    config: &Config,
 ) -> Result<Allocation, Failure> {
     let response = allocator.ask(&Request::Allocate {
         key: key.clone(),
@@ -145,30 +144,11 @@ fn allocate(
         class,
         slot: None,
         within: Vec::new(),
+        delegated: false,
     })?;
     match response {
         Response::Allocation { allocation } => Ok(allocation),
-        Response::Exhausted {
-            retry_after_secs,
-            allocated,
-            cooling,
-        } => {
-            let kind = match class.unwrap_or(config.ipam.default_class) {
-                SlotClass::Dual => "dual (IPv4 and IPv6)",
-                SlotClass::V6Only => "IPv6-only",
-            };
-            let when = match retry_after_secs {
-                Some(seconds) => format!("the next is free in {seconds} s"),
-                None if allocated == 0 => {
-                    "this node has no block of them; is the agent running and did the operator give it one?".to_owned()
-                }
-                None => "none is cooling; give the pool more blocks".to_owned(),
-            };
-            Err(Failure::new(
-                Code::TryAgainLater,
-                format!("no {kind} slot is free: {allocated} allocated, {cooling} cooling; {when}"),
-            ))
-        }
+        Response::Exhausted { exhausted } => Err(Failure::new(Code::TryAgainLater, exhausted)),
         other => Err(unexpected("Allocate", other)),
     }
 }
@@ -355,7 +335,7 @@ fn status(config: &Config) -> Result<(), Failure> {
 fn gc(network: &str, valid: &BTreeSet<AttachmentId>, config: &Config) -> Result<(), Failure> {
     let mut stale: BTreeSet<AttachmentKey> = BTreeSet::new();
     match Allocator::open(config)?.ask(&Request::Ipam)? {
-        Response::Ipam { slots } => stale.extend(
+        Response::Ipam { slots, .. } => stale.extend(
             slots
                 .into_iter()
                 .filter(|row| row.state == "allocated")

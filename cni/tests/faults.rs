@@ -42,6 +42,7 @@ fn allocated(node: &Node, pod: &Pod) -> Facts {
         class: Some(SlotClass::Dual),
         slot: None,
         within: Vec::new(),
+        delegated: false,
     };
     let Response::Allocation { allocation } = node.service().handle(&request, clock::now()) else {
         panic!("no slot");
@@ -207,6 +208,7 @@ fn exhaustion_says_when_to_come_again() {
             class: Some(SlotClass::Dual),
             slot: None,
             within: Vec::new(),
+            delegated: false,
         };
         service.handle(&request, clock::now());
         if i == 0 {
@@ -306,6 +308,7 @@ fn with_an_agent_the_store_is_the_agents() {
             class: Some(SlotClass::Dual),
             slot: None,
             within: Vec::new(),
+            delegated: false,
         },
         Request::Attached {
             key: key(&pod),
@@ -431,7 +434,7 @@ fn the_store_waits_for_the_one_who_has_it() {
     let open = |wait| {
         kun_cni::ipam::IpamService::open_within(
             node_dir.path(),
-            &config.ipam,
+            &config,
             clock::boot().unwrap(),
             clock::now(),
             wait,
@@ -476,13 +479,8 @@ fn what_many_callers_were_told_is_in_the_store() {
     let text = "node: {name: n}\nipam: {v4Pools: [10.64.0.0/16], cooldown: 30s}\n";
     let config = kun_config::parse("kun.yaml", text).unwrap();
     let open = || {
-        kun_cni::ipam::IpamService::open(
-            dir.path(),
-            &config.ipam,
-            clock::boot().unwrap(),
-            clock::now(),
-        )
-        .unwrap()
+        kun_cni::ipam::IpamService::open(dir.path(), &config, clock::boot().unwrap(), clock::now())
+            .unwrap()
     };
     let service = open();
     let block = |i: u32| BlockId::new(Slot(0x0a40_0000 + i * 64)).expect("aligned");
@@ -507,6 +505,7 @@ fn what_many_callers_were_told_is_in_the_store() {
                                 class: Some(SlotClass::Dual),
                                 slot: None,
                                 within: Vec::new(),
+                                delegated: false,
                             };
                             let response = service.handle(&allocate, clock::now());
                             let Response::Allocation { allocation } = response else {
