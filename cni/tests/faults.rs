@@ -59,6 +59,7 @@ fn allocated(node: &Node, pod: &Pod) -> Facts {
         v4: allocation.v4,
         interfaces: Interfaces::Split,
         mtu: 1400,
+        mac: None,
         local_ports: (64512, 65535),
     }
 }
@@ -294,7 +295,7 @@ fn with_an_agent_the_store_is_the_agents() {
     }
     let node = Node::new("split");
     let pod = Pod::new("c1", true);
-    let agent = agent(&node, 4);
+    let agent = agent(&node, 5);
     let result = node.add(&pod).unwrap();
     node.check(&pod, &result).unwrap();
     node.del(&pod).unwrap();
@@ -318,6 +319,11 @@ fn with_an_agent_the_store_is_the_agents() {
             traffic: Traffic::default(),
         },
         Request::Lookup { key: key(&pod) },
+        Request::Verify {
+            key: key(&pod),
+            host_interfaces: host_interface_names(&key(&pod), SlotClass::Dual, Interfaces::Split),
+            traffic: Traffic::default(),
+        },
         Request::Release {
             key: key(&pod),
             generation: Some(1),
@@ -436,7 +442,7 @@ fn the_store_waits_for_the_one_who_has_it() {
     let open = |wait| {
         kun_cni::ipam::IpamService::open_within(
             node_dir.path(),
-            &config.ipam,
+            &config,
             clock::boot().unwrap(),
             clock::now(),
             wait,
@@ -481,13 +487,8 @@ fn what_many_callers_were_told_is_in_the_store() {
     let text = "node: {name: n}\nipam: {v4Pools: [10.64.0.0/16], cooldown: 30s}\n";
     let config = kun_config::parse("kun.yaml", text).unwrap();
     let open = || {
-        kun_cni::ipam::IpamService::open(
-            dir.path(),
-            &config.ipam,
-            clock::boot().unwrap(),
-            clock::now(),
-        )
-        .unwrap()
+        kun_cni::ipam::IpamService::open(dir.path(), &config, clock::boot().unwrap(), clock::now())
+            .unwrap()
     };
     let service = open();
     let block = |i: u32| BlockId::new(Slot(0x0a40_0000 + i * 64)).expect("aligned");

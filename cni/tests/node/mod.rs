@@ -58,7 +58,7 @@ impl Node {
     pub(crate) fn service(&self) -> IpamService {
         IpamService::open_within(
             &self.state_dir(),
-            &self.parsed().ipam,
+            &self.parsed(),
             clock::boot().unwrap(),
             clock::now(),
             Duration::from_secs(10),
