@@ -266,28 +266,6 @@ fn a_damaged_store_is_refused_and_left_and_del_is_spooled() {
     assert_eq!(counts(&node), (0, 1, 63), "opening drains the spool");
 }
 
-/// An agent that answers from the real service, and tells what it was asked.
-fn agent(node: &Node, requests: usize) -> std::thread::JoinHandle<Vec<Request>> {
-    let listener = UnixListener::bind(node.parsed().agent.socket).unwrap();
-    let service = node.service();
-    std::thread::spawn(move || {
-        let mut asked = Vec::new();
-        while asked.len() < requests {
-            let (stream, _) = listener.accept().unwrap();
-            let mut writer = stream.try_clone().unwrap();
-            for line in BufReader::new(stream).lines() {
-                let request: Request = serde_json::from_str(&line.unwrap()).unwrap();
-                let mut answer =
-                    serde_json::to_vec(&service.handle(&request, clock::now())).unwrap();
-                answer.push(b'\n');
-                writer.write_all(&answer).unwrap();
-                asked.push(request);
-            }
-        }
-        asked
-    })
-}
-
 #[test]
 fn with_an_agent_the_store_is_the_agents() {
     if !require_root() {
@@ -295,7 +273,7 @@ fn with_an_agent_the_store_is_the_agents() {
     }
     let node = Node::new("split");
     let pod = Pod::new("c1", true);
-    let agent = agent(&node, 5);
+    let agent = node.agent(5);
     let result = node.add(&pod).unwrap();
     node.check(&pod, &result).unwrap();
     node.del(&pod).unwrap();
