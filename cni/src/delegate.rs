@@ -1,7 +1,8 @@
 //! The verbs of the IPAM plugin (`"ipam": {"type": "kun-cni"}` of another plugin): addresses alone (CNI §4).
 //!
 //! The result has no interfaces, and addresses have the length of their block: that is the subnet in which the next hop lies.
-//! The next hop is the block's first address, which the main plugin gives to the node; it is therefore no pod's.
+//! Of such a subnet the first and the last address are no host's: the network and broadcast addresses of IPv4, the
+//! subnet-router anycast address of IPv6 (RFC 4291 §2.6.1). The first is the next hop, which the main plugin gives to the node.
 
 use std::net::IpAddr;
 
@@ -10,15 +11,15 @@ use kun_cni_core::spec::{
     Attachment, Code, Failure, Interface, Ip, IpamOptions, NetworkConfig, Route, Success,
 };
 use kun_config::Config;
-use kun_config::types::{PodPrefix, SlotClass};
+use kun_config::types::{BLOCK_SLOTS, PodPrefix, Slot, SlotClass};
 use kun_control::{Allocation, Request, Response};
 use serde_json::Map;
 
 use crate::addresses::{self, key, unexpected};
 use crate::allocator::Allocator;
 
-/// Times that ADD may meet a block's first slot: each is put aside for a cooldown, and a node has this many blocks at most.
-const MAX_FIRST_SLOTS: usize = kun_cni_core::ipam::MAX_BLOCKS;
+/// Times that ADD may meet a block's first or last slot: each is put aside for a cooldown, and a node has so many at most.
+const MAX_ENDS: usize = 2 * kun_cni_core::ipam::MAX_BLOCKS;
 
 pub(crate) fn add(
     attachment: &Attachment,
@@ -28,15 +29,14 @@ pub(crate) fn add(
 ) -> Result<Success, Failure> {
     let wishes = network.wishes(&attachment.args)?;
     let mut allocator = Allocator::open(config)?;
-    for _ in 0..MAX_FIRST_SLOTS {
+    for _ in 0..MAX_ENDS {
         let allocation =
             addresses::allocate(&mut allocator, attachment, network, &wishes, config, true)?;
-        if !options.gateway || allocation.slot != allocation.slot.block().first() {
+        if !is_end(allocation.slot) {
             let mut success = result(&allocation, options, config.ipam.pod_prefix);
             success.dns = wishes.dns.unwrap_or_default();
             return Ok(success);
         }
-        // The next hop's address.
         let release = Request::Release {
             key: key(attachment, network),
             generation: Some(allocation.generation),
@@ -49,7 +49,7 @@ pub(crate) fn add(
             return Err(Failure::new(
                 Code::InvalidConfig,
                 format!(
-                    "ips: {} is its block's next hop; ask for another, or set ipam.gateway to false",
+                    "ips: {} is the first or last of its block, and under another plugin no pod's; ask for another",
                     allocation.v6
                 ),
             ));
@@ -57,7 +57,7 @@ pub(crate) fn add(
     }
     Err(Failure::new(
         Code::TryAgainLater,
-        "only next hops' addresses were free; try again",
+        "only the first and last addresses of blocks were free; try again",
     ))
 }
 
@@ -109,6 +109,11 @@ fn result(allocation: &Allocation, options: &IpamOptions, prefix: PodPrefix) -> 
         routes,
         dns: Map::new(),
     }
+}
+
+fn is_end(slot: Slot) -> bool {
+    let offset = slot.0 - slot.block().first().0;
+    offset == 0 || offset == BLOCK_SLOTS - 1
 }
 
 fn ip(address: IpNet, gateway: IpAddr, options: &IpamOptions) -> Ip {
