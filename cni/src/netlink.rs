@@ -456,10 +456,23 @@ impl Query {
         }
     }
 
-    /// Removes the interface, and with it its peer, addresses, routes and neighbours.
-    pub fn remove_link(index: u32) -> Self {
+    /// Puts the interface into a group.
+    pub fn group(index: u32, group: u32) -> Self {
         let mut message = LinkMessage::default();
         message.header.index = index;
+        message.attributes.push(LinkAttribute::Group(group));
+        Self {
+            message: RouteNetlinkMessage::SetLink(message),
+            flags: 0,
+            asks: false,
+        }
+    }
+
+    /// Removes the interfaces of a group, and with them their peers, addresses, routes and neighbours. All at once: most of the
+    /// time is spent waiting until no processor looks at them any more.
+    pub fn remove_group(group: u32) -> Self {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::Group(group));
         Self {
             message: RouteNetlinkMessage::DelLink(message),
             flags: 0,
