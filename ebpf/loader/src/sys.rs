@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
+use kun_ebpf_abi::bandwidth::Limits;
 use kun_ebpf_abi::service::{
     AffinityKey, AffinityValue, Backend, FlowKey, FlowValue, PeerValue, ServiceKey, ServiceValue,
 };
@@ -45,6 +46,9 @@ pub(crate) mod map_type {
     /// Array of maps.
     pub(crate) const ARRAY_OF_MAPS: u32 = 12;
 }
+
+/// Flag of `BPF_LINK_CREATE` on a tcx hook: before the program that is named, and none is named, so before all.
+pub(crate) const BPF_F_BEFORE: u32 = 1 << 3;
 
 /// Flags of `BPF_MAP_CREATE`.
 pub(crate) mod map_flag {
@@ -105,6 +109,8 @@ unsafe impl Data for AffinityKey {}
 unsafe impl Data for AffinityValue {}
 // SAFETY: as above.
 unsafe impl Data for PeerValue {}
+// SAFETY: as above.
+unsafe impl Data for Limits {}
 
 fn bpf<T>(command: u32, attr: &mut T) -> io::Result<i64> {
     // SAFETY: `attr` is a live structure of the size given; what its pointers refer to outlives the call (callers' duty).
@@ -513,12 +519,13 @@ pub(crate) fn link_create(
     program: BorrowedFd<'_>,
     target: u32,
     attach: u32,
+    flags: u32,
 ) -> io::Result<OwnedFd> {
     let mut attr = LinkCreate {
         prog_fd: program.as_raw_fd() as u32,
         target,
         attach_type: attach,
-        flags: 0,
+        flags,
         order: [0; 4],
     };
     bpf(LINK_CREATE, &mut attr).map(owned)
