@@ -126,6 +126,7 @@ impl IpamService {
                 class,
                 slot,
                 within,
+                delegated: _,
             } => {
                 if let Some(refused) = refuse(key, pod) {
                     return refused;

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::allocator::Allocator;
 use crate::ipam::core_key;
-use crate::kernel::{self, KernelError};
+use crate::kernel::{self, Kernel, KernelError};
 use crate::netlink::Rtnl;
 use crate::netns::{Netns, NetnsError};
 use crate::spool::{Entry, Spool};
@@ -108,7 +108,8 @@ fn add(
         None => kernel::uplink_mtu(config.node.uplink.as_deref())?,
     };
     // Before the slot: a second ADD of a live attachment must not release its slot when it fails.
-    kernel::require_absent(&netns, std::slice::from_ref(&attachment.ifname))?;
+    let mut kernel = Kernel::open(&netns)?;
+    kernel.require_absent(&attachment.ifname)?;
 
     let mut allocator = Allocator::open(config)?;
     let allocation = allocate(&mut allocator, &key, pod(attachment), class, config)?;
@@ -119,7 +120,8 @@ fn add(
     };
     let facts = facts(&allocation, config, mtu);
     let mut undo = Vec::new();
-    let made = kernel::apply(&plan::add(&facts), &netns, &mut undo)
+    let made = kernel
+        .apply(&plan::add(&facts), &mut undo)
         .map_err(Failure::from)
         .and_then(|()| attached(agent, &facts, &key, config));
     if let Err(failure) = made {
@@ -145,6 +147,7 @@ fn allocate(
         class,
         slot: None,
         within: Vec::new(),
+        delegated: false,
     })?;
     match response {
         Response::Allocation { allocation } => Ok(allocation),
@@ -315,7 +318,7 @@ fn check(
             _ => true,
         })
         .collect();
-    wrong.extend(kernel::differences(&expected, &netns)?);
+    wrong.extend(Kernel::open(&netns)?.differences(&expected)?);
     if wrong.is_empty() {
         return Ok(());
     }

@@ -10,7 +10,8 @@ use std::os::unix::net::UnixListener;
 use std::process::Stdio;
 use std::time::Duration;
 
-use kun_cni::{clock, host_interface_names, kernel, netns};
+use kun_cni::kernel::Kernel;
+use kun_cni::{clock, host_interface_names, netns};
 use kun_cni_core::ipam::Key;
 use kun_cni_core::plan::{self, Facts};
 use kun_config::Interfaces;
@@ -42,6 +43,7 @@ fn allocated(node: &Node, pod: &Pod) -> Facts {
         class: Some(SlotClass::Dual),
         slot: None,
         within: Vec::new(),
+        delegated: false,
     };
     let Response::Allocation { allocation } = node.service().handle(&request, clock::now()) else {
         panic!("no slot");
@@ -82,7 +84,8 @@ fn a_crash_after_any_step_is_cleaned_by_del_and_add_works_again() {
         // As if killed here: nothing is undone.
         node.netns.run(|| {
             let inside = netns::Netns::open(&pod.netns.path()).unwrap();
-            kernel::apply(&ops[..step], &inside, &mut Vec::new()).unwrap();
+            let mut kernel = Kernel::open(&inside).unwrap();
+            kernel.apply(&ops[..step], &mut Vec::new()).unwrap();
         });
         node.del(&pod).unwrap();
         assert_eq!(node.leavings(), "", "after step {step}");
@@ -207,6 +210,7 @@ fn exhaustion_says_when_to_come_again() {
             class: Some(SlotClass::Dual),
             slot: None,
             within: Vec::new(),
+            delegated: false,
         };
         service.handle(&request, clock::now());
         if i == 0 {
@@ -306,6 +310,7 @@ fn with_an_agent_the_store_is_the_agents() {
             class: Some(SlotClass::Dual),
             slot: None,
             within: Vec::new(),
+            delegated: false,
         },
         Request::Attached {
             key: key(&pod),
@@ -507,6 +512,7 @@ fn what_many_callers_were_told_is_in_the_store() {
                                 class: Some(SlotClass::Dual),
                                 slot: None,
                                 within: Vec::new(),
+                                delegated: false,
                             };
                             let response = service.handle(&allocate, clock::now());
                             let Response::Allocation { allocation } = response else {

@@ -166,6 +166,10 @@ pub enum Request {
         /// One of these slots; empty: any.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         within: Vec<SlotRange>,
+        /// Another plugin makes the interfaces (`"ipam": {"type": "kun-cni"}`): that none of ours carries the address proves
+        /// nothing, so only DEL, GC or a person takes it back.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        delegated: bool,
     },
     /// CNI ADD, second half: the interfaces stand; the agent attaches its programs and routes before it answers.
     Attached {

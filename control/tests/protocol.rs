@@ -48,6 +48,7 @@ fn requests() {
             class,
             slot: None,
             within: Vec::new(),
+            delegated: false,
         },
         &format!(r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":"v6-only"}}"#),
     );
@@ -69,9 +70,10 @@ fn requests() {
                 first: Slot(1),
                 last: Slot(2),
             }],
+            delegated: true,
         },
         &format!(
-            r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":null,"slot":171966465,"within":[{{"first":1,"last":2}}]}}"#
+            r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":null,"slot":171966465,"within":[{{"first":1,"last":2}}],"delegated":true}}"#
         ),
     );
     let traffic = Traffic {

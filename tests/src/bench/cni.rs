@@ -378,6 +378,7 @@ fn durable_rate(context: &Context) -> Result<Row> {
                             class: Some(SlotClass::Dual),
                             slot: None,
                             within: Vec::new(),
+                            delegated: false,
                         };
                         match service.handle(&allocate, clock::now()) {
                             Response::Allocation { .. } => {}
