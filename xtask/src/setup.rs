@@ -22,6 +22,10 @@ pub(crate) const PACKAGES: &[(&str, &str)] = &[
         "containernetworking-plugins",
         "the peer of the CNI bench: bridge and host-local",
     ),
+    (
+        "iperf3",
+        "the traffic that bandwidth limits are measured with",
+    ),
     ("iproute2", "setting namespaces up"),
     ("iputils-ping", "echo probes of the live tests"),
     ("nginx-light", "the web server of the lab's internet host"),

@@ -88,8 +88,15 @@ impl BandwidthDataplane {
         let pins = Pins::open(bpffs_root, OBJECT, mount_bpffs)?;
         let features = Features::probe()?;
         // Before the service programs: those may end the chain.
-        let (object, adopted) =
-            Object::load(OBJECT, bytes, pins, &specs(), &[], features, Order::First)?;
+        let (object, adopted) = Object::load(
+            OBJECT,
+            bytes,
+            pins,
+            &specs(),
+            Vec::new(),
+            features,
+            Order::First,
+        )?;
         let limited = object.map("limited")?;
         let buckets = object.map("buckets")?;
         let buckets = Mapped::new(buckets.as_fd(), BUCKETS as usize * size_of::<Bucket>())

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
 use aya::programs::{Program, ProgramError, SchedClassifier, TcAttachType, tc};
-use aya::{Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfLoader, GlobalData};
 
 use crate::features::Features;
 use crate::pins::{KeptCapacity, MapSpec, Pins};
@@ -99,7 +99,7 @@ impl Object {
         bytes: &[u8],
         pins: Pins,
         specs: &[MapSpec],
-        globals: &[(&'static str, u32)],
+        globals: Vec<(&'static str, GlobalData<'_>)>,
         features: Features,
         order: Order,
     ) -> Result<(Self, Adopted), Error> {
@@ -110,7 +110,7 @@ impl Object {
             loader.map_pin_path(spec.name, pins.map(spec.name));
         }
         for (global, value) in globals {
-            loader.override_global(global, value, false);
+            loader.override_global(global, value, true);
         }
         let mut ebpf = loader.load(bytes).map_err(|source| Error::Object {
             object: name,

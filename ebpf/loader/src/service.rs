@@ -101,13 +101,21 @@ impl ServiceDataplane {
     pub fn open(config: &ServiceConfig) -> Result<(Self, Adopted), Error> {
         let pins = Pins::open(&config.bpffs_root, OBJECT, config.mount_bpffs)?;
         let features = Features::probe()?;
-        let globals = [("HAS_SET_RETVAL", u32::from(features.set_retval))];
+        let set_retval = u32::from(features.set_retval);
+        let netns = sys::netns_cookie().map_err(|source| Error::Path {
+            path: PathBuf::from("/proc/self/ns/net"),
+            source,
+        })?;
+        let globals = vec![
+            ("HAS_SET_RETVAL", (&set_retval).into()),
+            ("NODE_NETNS", (&netns).into()),
+        ];
         let (object, adopted) = Object::load(
             OBJECT,
             bytes(),
             pins,
             &specs(config),
-            &globals,
+            globals,
             features,
             Order::Last,
         )?;

@@ -19,6 +19,9 @@ use kun_ebpf_abi::service::{
     AffinityKey, AffinityValue, Backend, FlowKey, FlowValue, PeerValue, ServiceKey, ServiceValue,
 };
 
+/// asm-generic/socket.h.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
 const MAP_CREATE: u32 = 0;
 const MAP_LOOKUP_ELEM: u32 = 1;
 const MAP_UPDATE_ELEM: u32 = 2;
@@ -642,6 +645,32 @@ pub(crate) fn interface_index(name: &str) -> io::Result<u32> {
         None,
     )?;
     Ok(rustix::net::netdevice::name_to_index(&socket, name)?)
+}
+
+/// The cookie of the calling thread's network namespace, which programs see (Linux 5.14).
+pub(crate) fn netns_cookie() -> io::Result<u64> {
+    let socket = socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to the number.
+    let r = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if r < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(cookie)
 }
 
 /// The MTU of an interface of the calling thread's network namespace. (Not from /sys, which shows the namespace that mounted it.)

@@ -12,6 +12,7 @@
 
 mod adopt;
 mod extent;
+mod host_port;
 mod ids;
 mod model;
 mod ops;
@@ -23,6 +24,7 @@ mod table;
 mod why;
 
 pub use extent::{Extent, Extents};
+pub use host_port::{HostPort, HostPorts, host_port_name};
 pub use model::{Model, Torn};
 pub use ops::{Backend, Observed, Op};
 pub use planner::{Limits, Planner, Problem, Totals};
