@@ -3,7 +3,6 @@
 
 mod rig;
 
-use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
 
@@ -181,10 +180,12 @@ impl Stream {
         server.args(["-s", "-1", "-B", &own, "-p", &port]);
         server.stdout(std::process::Stdio::null());
         let server = from.spawn(server).unwrap();
+        // By looking: a probe of the port would take it, or be taken for the client.
         let listens = || {
-            let at = (own.parse::<IpAddr>().unwrap(), self.port);
-            let socket = from.run(|| std::net::TcpListener::bind(at));
-            socket.is_err().then_some(())
+            let mut look = Command::new("ss");
+            look.args(["-ltnH", "sport", "=", &format!(":{port}")]);
+            let seen = from.output(look).unwrap().stdout;
+            (!seen.is_empty()).then_some(())
         };
         wait_for("iperf3 to listen", Duration::from_secs(20), listens).unwrap();
         let mut client = Command::new("ip");

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod adopt;
+mod bandwidth;
 mod extent;
 mod host_port;
 mod ids;
@@ -23,6 +24,7 @@ mod service;
 mod table;
 mod why;
 
+pub use bandwidth::{Buckets, Full, LimitOp, PodLimits};
 pub use extent::{Extent, Extents};
 pub use host_port::{HostPort, HostPorts, host_port_name};
 pub use model::{Model, Torn};
