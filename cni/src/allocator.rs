@@ -45,7 +45,7 @@ impl Allocator {
             Err(ClientError::NoAgent { .. }) => {
                 let service = IpamService::open_within(
                     &config.agent.state_dir,
-                    &config.ipam,
+                    config,
                     clock::boot()?,
                     clock::now(),
                     STORE_WITHIN,

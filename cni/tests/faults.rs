@@ -59,6 +59,7 @@ fn allocated(node: &Node, pod: &Pod) -> Facts {
         v4: allocation.v4,
         interfaces: Interfaces::Split,
         mtu: 1400,
+        mac: None,
         local_ports: (64512, 65535),
     }
 }
@@ -265,28 +266,6 @@ fn a_damaged_store_is_refused_and_left_and_del_is_spooled() {
     assert_eq!(counts(&node), (0, 1, 63), "opening drains the spool");
 }
 
-/// An agent that answers from the real service, and tells what it was asked.
-fn agent(node: &Node, requests: usize) -> std::thread::JoinHandle<Vec<Request>> {
-    let listener = UnixListener::bind(node.parsed().agent.socket).unwrap();
-    let service = node.service();
-    std::thread::spawn(move || {
-        let mut asked = Vec::new();
-        while asked.len() < requests {
-            let (stream, _) = listener.accept().unwrap();
-            let mut writer = stream.try_clone().unwrap();
-            for line in BufReader::new(stream).lines() {
-                let request: Request = serde_json::from_str(&line.unwrap()).unwrap();
-                let mut answer =
-                    serde_json::to_vec(&service.handle(&request, clock::now())).unwrap();
-                answer.push(b'\n');
-                writer.write_all(&answer).unwrap();
-                asked.push(request);
-            }
-        }
-        asked
-    })
-}
-
 #[test]
 fn with_an_agent_the_store_is_the_agents() {
     if !require_root() {
@@ -294,7 +273,7 @@ fn with_an_agent_the_store_is_the_agents() {
     }
     let node = Node::new("split");
     let pod = Pod::new("c1", true);
-    let agent = agent(&node, 4);
+    let agent = node.agent(5);
     let result = node.add(&pod).unwrap();
     node.check(&pod, &result).unwrap();
     node.del(&pod).unwrap();
@@ -318,6 +297,11 @@ fn with_an_agent_the_store_is_the_agents() {
             traffic: Traffic::default(),
         },
         Request::Lookup { key: key(&pod) },
+        Request::Verify {
+            key: key(&pod),
+            host_interfaces: host_interface_names(&key(&pod), SlotClass::Dual, Interfaces::Split),
+            traffic: Traffic::default(),
+        },
         Request::Release {
             key: key(&pod),
             generation: Some(1),
@@ -436,7 +420,7 @@ fn the_store_waits_for_the_one_who_has_it() {
     let open = |wait| {
         kun_cni::ipam::IpamService::open_within(
             node_dir.path(),
-            &config.ipam,
+            &config,
             clock::boot().unwrap(),
             clock::now(),
             wait,
@@ -481,13 +465,8 @@ fn what_many_callers_were_told_is_in_the_store() {
     let text = "node: {name: n}\nipam: {v4Pools: [10.64.0.0/16], cooldown: 30s}\n";
     let config = kun_config::parse("kun.yaml", text).unwrap();
     let open = || {
-        kun_cni::ipam::IpamService::open(
-            dir.path(),
-            &config.ipam,
-            clock::boot().unwrap(),
-            clock::now(),
-        )
-        .unwrap()
+        kun_cni::ipam::IpamService::open(dir.path(), &config, clock::boot().unwrap(), clock::now())
+            .unwrap()
     };
     let service = open();
     let block = |i: u32| BlockId::new(Slot(0x0a40_0000 + i * 64)).expect("aligned");

@@ -12,8 +12,10 @@ use std::path::Path;
 use kun_config::types::{Slot, SlotClass};
 use serde::{Deserialize, Serialize};
 
+mod addresses;
 mod client;
 
+pub use addresses::{BlockRow, Exhausted, Holder, PoolRow, SlotRow};
 pub use client::{Client, ClientError};
 
 /// Longest line either side accepts: a status of 2,500 attachments fits four times.
@@ -59,6 +61,9 @@ pub struct Allocation {
     pub v4: Option<Ipv4Addr>,
     /// The pod.
     pub pod: PodRef,
+    /// Another plugin makes the interfaces.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub delegated: bool,
 }
 
 /// Slots that a caller would accept: a whole range of addresses of either family is a range of slots.
@@ -206,8 +211,18 @@ pub enum Request {
     },
     /// Everything `kunctl status` shows.
     Status,
-    /// Every slot that is not free.
+    /// Pools, blocks, and every slot that is not free.
     Ipam,
+    /// By hand: an allocated slot begins to cool; one that cools or is quarantined need not wait for evidence any more.
+    Free {
+        /// The slot.
+        slot: Slot,
+        /// The generation that the caller saw. Another one since: refused.
+        generation: u64,
+        /// Even though an interface still carries the address.
+        #[serde(default)]
+        forced: bool,
+    },
     /// CNI STATUS: how many slots of the class there are; `None`: of the configured default.
     Capacity {
         /// With IPv4 or without.
@@ -260,14 +275,10 @@ pub enum Response {
     },
     /// Lookup of an unknown key.
     Unknown,
-    /// Every slot is taken or cooling.
+    /// No slot is to be had now (CNI code 11).
     Exhausted {
-        /// Seconds until the first cooling slot may be free; `None`: unknown.
-        retry_after_secs: Option<u64>,
-        /// Allocated slots of the class.
-        allocated: u32,
-        /// Cooling slots of the class.
-        cooling: u32,
+        /// Until when, and who has them.
+        exhausted: Exhausted,
     },
     /// Refused or failed: what, and what to do.
     Failed {
@@ -283,6 +294,12 @@ pub enum Response {
     Ipam {
         /// One row a slot.
         slots: Vec<SlotRow>,
+        /// One row a block.
+        #[serde(default)]
+        blocks: Vec<BlockRow>,
+        /// One row a class.
+        #[serde(default)]
+        pools: Vec<PoolRow>,
     },
     /// `Why`.
     Why {
@@ -304,9 +321,9 @@ pub enum Unavailable {
         /// The pod.
         pod: PodRef,
     },
-    /// Released a while ago.
+    /// Released, and not free yet.
     Cooling {
-        /// Until it is free; `None`: nobody knows.
+        /// Until it is free; `None`: it has rested, but something still knows it; `kunctl ipam` says what.
         free_in_secs: Option<u64>,
     },
     /// The attachment has another slot already.
@@ -314,28 +331,6 @@ pub enum Unavailable {
         /// Which.
         slot: Slot,
     },
-}
-
-/// A row of `kunctl ipam`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct SlotRow {
-    /// The slot.
-    pub slot: Slot,
-    /// `allocated`, `cooling`.
-    pub state: String,
-    /// Generation.
-    pub generation: u64,
-    /// IPv6 address.
-    pub v6: Ipv6Addr,
-    /// IPv4 address of dual slots.
-    pub v4: Option<Ipv4Addr>,
-    /// Owner, or last owner.
-    pub key: AttachmentKey,
-    /// The pod.
-    pub pod: PodRef,
-    /// Cooling: seconds until it may be reused.
-    pub free_in_secs: Option<u64>,
 }
 
 /// One reason in the answer to "why?".

@@ -5,11 +5,11 @@ use std::num::{NonZeroU16, NonZeroU64};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
-use kun_config::types::{Slot, SlotClass};
+use kun_config::types::{BlockId, Slot, SlotClass};
 use kun_control::{
-    Allocation, AttachmentKey, Bandwidth, BgpSession, ClientError, Fact, MAX_LINE, PodRef,
-    PortMapping, RateLimit, Request, Response, SlotRange, SlotRow, Status, Traffic, Transport,
-    Unavailable, WhyStep, ask,
+    Allocation, AttachmentKey, Bandwidth, BgpSession, BlockRow, ClientError, Exhausted, Fact,
+    Holder, MAX_LINE, PodRef, PoolRow, PortMapping, RateLimit, Request, Response, SlotRange,
+    SlotRow, Status, Traffic, Transport, Unavailable, WhyStep, ask,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -129,6 +129,14 @@ fn requests() {
     golden(&Request::Status, r#"{"op":"status"}"#);
     golden(&Request::Ipam, r#"{"op":"ipam"}"#);
     golden(
+        &Request::Free {
+            slot: Slot(1),
+            generation: 2,
+            forced: false,
+        },
+        r#"{"op":"free","slot":1,"generation":2,"forced":false}"#,
+    );
+    golden(
         &Request::Why {
             protocol: "tcp".to_owned(),
             source: None,
@@ -153,6 +161,7 @@ fn answers() {
         v6,
         v4,
         pod: pod(),
+        delegated: false,
     };
     golden(
         &Response::Allocation { allocation },
@@ -204,11 +213,20 @@ fn answers() {
     golden(&Response::Unknown, r#"{"is":"unknown"}"#);
     golden(
         &Response::Exhausted {
-            retry_after_secs: Some(9),
-            allocated: 60,
-            cooling: 4,
+            exhausted: Exhausted {
+                class: SlotClass::Dual,
+                retry_after_secs: Some(9),
+                allocated: 60,
+                cooling: 2,
+                waiting: 1,
+                quarantined: 1,
+                holders: vec![Holder {
+                    name: "shop".to_owned(),
+                    slots: 60,
+                }],
+            },
         },
-        r#"{"is":"exhausted","retry_after_secs":9,"allocated":60,"cooling":4}"#,
+        r#"{"is":"exhausted","exhausted":{"class":"dual","retryAfterSecs":9,"allocated":60,"cooling":2,"waiting":1,"quarantined":1,"holders":[{"name":"shop","slots":60}]}}"#,
     );
     golden(
         &Response::Failed {
@@ -225,11 +243,35 @@ fn answers() {
         key: key(),
         pod: pod(),
         free_in_secs: Some(5),
+        age_secs: Some(7),
+        why: vec!["route".to_owned()],
+    };
+    let block = BlockRow {
+        block: BlockId::new(Slot(0x0a40_0000)).expect("aligned"),
+        class: SlotClass::Dual,
+        owned: true,
+        allocated: 1,
+        cooling: 2,
+        free: 61,
+    };
+    let pool = PoolRow {
+        class: SlotClass::Dual,
+        ranges: vec!["10.64.0.0/16".parse().expect("a prefix")],
+        blocks: 1,
+        allocated: 1,
+        cooling: 1,
+        waiting: 1,
+        quarantined: 0,
+        free: 61,
     };
     golden(
-        &Response::Ipam { slots: vec![row] },
+        &Response::Ipam {
+            slots: vec![row],
+            blocks: vec![block],
+            pools: vec![pool],
+        },
         &format!(
-            r#"{{"is":"ipam","slots":[{{"slot":171966465,"state":"cooling","generation":3,"v6":"fd00::a40:1","v4":null,"key":{KEY},"pod":{POD},"freeInSecs":5}}]}}"#
+            r#"{{"is":"ipam","slots":[{{"slot":171966465,"state":"cooling","generation":3,"v6":"fd00::a40:1","v4":null,"key":{KEY},"pod":{POD},"freeInSecs":5,"ageSecs":7,"why":["route"]}}],"blocks":[{{"block":171966464,"class":"dual","owned":true,"allocated":1,"cooling":2,"free":61}}],"pools":[{{"class":"dual","ranges":["10.64.0.0/16"],"blocks":1,"allocated":1,"cooling":1,"waiting":1,"quarantined":0,"free":61}}]}}"#
         ),
     );
     let step = WhyStep {

@@ -336,6 +336,8 @@ pub struct Facts {
     pub interfaces: Interfaces,
     /// MTU of every interface.
     pub mtu: u32,
+    /// Hardware address of CNI_IFNAME; `None`: of our making.
+    pub mac: Option<Mac>,
     /// First and last port of the pod's `ip_local_port_range`: its NAT64 port block is found by it.
     pub local_ports: (u16, u16),
 }
@@ -359,7 +361,10 @@ impl Facts {
                     Carries::V4 => second_name(&self.key.ifname),
                 },
                 host_mac: mac(&self.key, carries, "host"),
-                pod_mac: mac(&self.key, carries, "pod"),
+                pod_mac: match (carries, self.mac) {
+                    (Carries::V6 | Carries::Both, Some(mac)) => mac,
+                    (Carries::V4, _) | (_, None) => mac(&self.key, carries, "pod"),
+                },
                 alias: alias(&self.key, self.generation),
                 addresses: match carries {
                     Carries::V6 => vec![v6],
@@ -417,9 +422,12 @@ pub fn add(facts: &Facts) -> Vec<Op> {
     ops
 }
 
-/// What a link's going down takes away on the node: settings stay, routes and neighbours go.
+/// What a link's going down takes away on the node. Neighbours are left to be found: who asks does not know whether the pod
+/// chose its hardware address.
 pub fn restore(facts: &Facts) -> Vec<Op> {
-    facts.pairs().iter().flat_map(reach).collect()
+    let mut ops: Vec<Op> = facts.pairs().iter().flat_map(reach).collect();
+    ops.retain(|op| !matches!(op, Op::Neighbour { .. }));
+    ops
 }
 
 /// DEL's part in the kernel: by name, whatever of ADD was reached.
@@ -666,6 +674,7 @@ mod tests {
             v4: v4.then(|| "10.0.0.1".parse().unwrap()),
             interfaces,
             mtu: 1500,
+            mac: None,
             local_ports: (64512, 65535),
         }
     }

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use kun_cni_core::ipam::{
-    BootId, BootTime, Choice, Command, Ipam, Key, Owner, Pod, Reply, Snapshot, Unavailable,
+    BootId, BootTime, Choice, Command, Ipam, Key, Owner, Pod, Reply, Rules, Snapshot, Unavailable,
 };
 use kun_config::types::{BlockId, Slot, SlotClass};
 
@@ -23,13 +23,14 @@ fn owner(id: &str) -> Owner {
             network: "kun".into(),
         },
         pod: Pod::default(),
+        delegated: false,
     }
 }
 
 fn ipam() -> Ipam {
     let (mut ipam, _) = Ipam::load(
         Snapshot::default(),
-        Duration::from_secs(30),
+        Rules::time_alone(Duration::from_secs(30)),
         BootId(1),
         at(0),
     )

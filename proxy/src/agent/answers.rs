@@ -10,7 +10,7 @@ use kun_cluster::{ObjectName, Protocol};
 use kun_cni::ipam::IpamService;
 use kun_cni::{clock, host_interface_names};
 use kun_config::Config;
-use kun_config::types::SlotClass;
+use kun_config::types::{Slot, SlotClass};
 use kun_control::{Allocation, AttachmentKey, Fact, Request, Response, Status, Traffic, WhyStep};
 use kun_proxy_core::{Question, Reason};
 
@@ -18,6 +18,7 @@ use super::announce::Announcer;
 use super::attachments::Attachment;
 use super::cluster::{Blocks, View};
 use super::dataplane::{Message, Report, fact};
+use super::node;
 use super::records::{Record, Records};
 
 /// How long the dataplane may take: it looks at its queue between the changes of a few Services, and a grace period takes 13 ms.
@@ -66,6 +67,11 @@ impl Answers {
             | Request::Lookup { .. }
             | Request::Capacity { .. }
             | Request::Ipam => self.ipam.handle(request, clock::now()),
+            Request::Free {
+                slot,
+                generation,
+                forced,
+            } => self.free(*slot, *generation, *forced),
         }
     }
 
@@ -188,6 +194,38 @@ impl Answers {
             }
         }
         response
+    }
+
+    /// By hand. What a live pod has is not taken from it, unless the caller says so with the generation that it saw.
+    fn free(&self, slot: Slot, generation: u64, forced: bool) -> Response {
+        let now = clock::now();
+        let live = match self.ipam.live(now) {
+            Ok(live) => live.into_iter().find(|a| a.slot == slot),
+            Err(e) => return failed(e.to_string()),
+        };
+        if let Some(allocation) = &live
+            && !forced
+        {
+            let carrying: Vec<String> = self
+                .names(allocation)
+                .into_iter()
+                .filter(|name| node::interface_index(name).is_some())
+                .collect();
+            if !carrying.is_empty() || allocation.delegated {
+                let what = match allocation.delegated {
+                    true => {
+                        "another plugin made its interfaces, so nobody here knows whether it lives"
+                            .to_owned()
+                    }
+                    false => format!("{} carries it", carrying.join(", ")),
+                };
+                return failed(format!(
+                    "{slot} is pod {}/{}'s, container {}: {what}; delete the pod, or force it",
+                    allocation.pod.namespace, allocation.pod.name, allocation.key.container_id
+                ));
+            }
+        }
+        self.ipam.free(slot, generation, now)
     }
 
     /// The host-side interfaces of an allocation.

@@ -174,7 +174,7 @@ pub(crate) fn run(path: &Path) -> Result<(), AgentError> {
     })?;
     let ipam = Arc::new(IpamService::open(
         &config.agent.state_dir,
-        &config.ipam,
+        &config,
         clock::boot()?,
         clock::now(),
     )?);

@@ -254,7 +254,7 @@ fn plugin(context: &Context, name: &str, with_agent: bool) -> Result<Plugin> {
     let config = kun_config::parse("kun.yaml", &text.to_string())?;
     let service = IpamService::open(
         &config.agent.state_dir,
-        &config.ipam,
+        &config,
         clock::boot()?,
         clock::now(),
     )?;
@@ -362,7 +362,7 @@ fn durable_rate(context: &Context) -> Result<Row> {
     let dir = context.scratch().join("durable");
     let text = "node: {name: n}\nipam: {v4Pools: [10.64.0.0/14]}\n";
     let config = kun_config::parse("kun.yaml", text)?;
-    let service = IpamService::open(&dir, &config.ipam, clock::boot()?, clock::now())?;
+    let service = IpamService::open(&dir, &config, clock::boot()?, clock::now())?;
     let blocks = blocks(1024);
     service.set_blocks(&blocks, clock::now())?;
     let begin = Instant::now();
@@ -409,11 +409,16 @@ fn durable_rate(context: &Context) -> Result<Row> {
 
 /// The core alone, allocation and release, by the CPU time of this thread: others on the machine do not count.
 fn core_rate() -> Row {
-    use kun_cni_core::ipam::{BootId, BootTime, Command, Ipam, Key, Owner, Pod, Snapshot};
+    use kun_cni_core::ipam::{BootId, BootTime, Command, Ipam, Key, Owner, Pod, Rules, Snapshot};
     const CHANGES: u32 = 200_000;
     let zero = BootTime(Duration::ZERO);
-    let (mut ipam, _) = Ipam::load(Snapshot::default(), Duration::ZERO, BootId(1), zero)
-        .expect("an empty store is sound");
+    let (mut ipam, _) = Ipam::load(
+        Snapshot::default(),
+        Rules::time_alone(Duration::ZERO),
+        BootId(1),
+        zero,
+    )
+    .expect("an empty store is sound");
     let _ = ipam.step(Command::SetBlocks(blocks(64).into_iter().collect()), zero);
     let owners: Vec<Owner> = (0..CHANGES)
         .map(|i| Owner {
@@ -423,6 +428,7 @@ fn core_rate() -> Row {
                 network: "kun".into(),
             },
             pod: Pod::default(),
+            delegated: false,
         })
         .collect();
     let begin = thread_cpu();
