@@ -22,6 +22,10 @@ pub(crate) const PACKAGES: &[(&str, &str)] = &[
         "containernetworking-plugins",
         "the peers of the CNI tests and bench",
     ),
+    (
+        "iperf3",
+        "the traffic that bandwidth limits are measured with",
+    ),
     ("iproute2", "setting namespaces up"),
     ("iptables", "what the reference plugin `portmap` calls"),
     ("iputils-ping", "echo probes of the live tests"),
