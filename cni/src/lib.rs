@@ -11,6 +11,7 @@ mod attach;
 pub mod clock;
 mod delegate;
 pub mod disk;
+pub mod install;
 pub mod ipam;
 pub mod keeper;
 pub mod kernel;

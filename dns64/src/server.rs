@@ -164,25 +164,42 @@ impl Listeners {
     }
 }
 
+/// What is followed of the cluster.
+struct Followed {
+    /// Which following an event is of: one that was given up may still have one on its way.
+    number: u64,
+    pods: bool,
+    _following: Following,
+}
+
+/// Whether a configuration needs to see the Pods. A folder is read whole in any case, and its Pods tell which namespaces there are; an
+/// API server has a Namespace for each, all Pods are by far the most objects it has, and nobody grants lightly to read them.
+fn needs_pods(options: &Options, loaded: &Loaded) -> bool {
+    matches!(options.cluster, ClusterSource::Folder(_)) || loaded.world.wants_pods()
+}
+
 fn follow(
     options: &Options,
     loaded: &Loaded,
-    events: &mpsc::Sender<Event>,
-) -> Result<Option<Following>, ServeError> {
+    number: u64,
+    events: &mpsc::Sender<(u64, Event)>,
+) -> Result<Option<Followed>, ServeError> {
     if !loaded.world.wants_cluster() {
         return Ok(None);
     }
-    let wanted = Wanted::new().all([
-        Kind::Service,
-        Kind::EndpointSlice,
-        Kind::Namespace,
-        Kind::Pod,
-    ]);
+    let pods = needs_pods(options, loaded);
+    let kinds = [Kind::Service, Kind::EndpointSlice, Kind::Namespace];
+    let wanted = Wanted::new().all(kinds.into_iter().chain(pods.then_some(Kind::Pod)));
     let events = events.clone();
     let source = kun_cluster::Source::open(&options.cluster)?;
-    Ok(Some(source.follow(wanted, move |event| {
-        events.blocking_send(event).is_ok()
-    })?))
+    let following = source.follow(wanted, move |event| {
+        events.blocking_send((number, event)).is_ok()
+    })?;
+    Ok(Some(Followed {
+        number,
+        pods,
+        _following: following,
+    }))
 }
 
 /// Serves until SIGTERM or SIGINT. Call on a current-thread runtime.
@@ -196,7 +213,7 @@ pub async fn run(options: Options) -> Result<(), ServeError> {
         .for_each(|w| tracing::warn!("{w}"));
     let loaded = Loaded::new(source, None, &view)?;
     let (events, event_queue) = mpsc::channel(EVENTS);
-    let following = follow(&options, &loaded, &events)?;
+    let following = follow(&options, &loaded, 0, &events)?;
     let mut live = Listeners::default();
     let bound = live.bind(&loaded)?;
     let (jobs, queue) = mpsc::channel(QUEUE);
@@ -222,6 +239,7 @@ pub async fn run(options: Options) -> Result<(), ServeError> {
         shared,
         live,
         view,
+        next_view: None,
         events,
         following,
     };
@@ -241,12 +259,17 @@ struct Server {
     shared: Arc<Shared>,
     live: Listeners,
     view: ClusterView,
-    events: mpsc::Sender<Event>,
-    following: Option<Following>,
+    /// Of a following that began anew: it takes the place of `view` once it is complete.
+    next_view: Option<ClusterView>,
+    events: mpsc::Sender<(u64, Event)>,
+    following: Option<Followed>,
 }
 
 impl Server {
-    async fn events(&mut self, mut event_queue: mpsc::Receiver<Event>) -> Result<(), ServeError> {
+    async fn events(
+        &mut self,
+        mut event_queue: mpsc::Receiver<(u64, Event)>,
+    ) -> Result<(), ServeError> {
         let listen = |kind| signal(kind).map_err(system("listening for signals"));
         let (mut term, mut int) = (
             listen(SignalKind::terminate())?,
@@ -293,11 +316,23 @@ impl Server {
         }
     }
 
-    fn take(&mut self, event: &Event) -> bool {
+    fn take(&mut self, (of, event): &(u64, Event)) -> bool {
+        if self.following.as_ref().is_none_or(|f| f.number != *of) {
+            return false;
+        }
         if let Event::Trouble(trouble) = event {
             tracing::warn!("{trouble}");
         }
-        self.view.apply(event)
+        let Some(next) = &mut self.next_view else {
+            return self.view.apply(event);
+        };
+        let changed = next.apply(event);
+        if next.synced()
+            && let Some(next) = self.next_view.take()
+        {
+            self.view = next;
+        }
+        changed
     }
 
     /// When to look at the Corefile: the interval and up to as much as the jitter, so that a hundred servers do not all look at once.
@@ -341,8 +376,17 @@ impl Server {
     fn replace(&mut self, source: Arc<Source>) -> Result<(), ServeError> {
         let old = self.shared.loaded.load_full();
         let loaded = Loaded::new(source, Some(&old), &self.view)?;
-        if self.following.is_none() {
-            self.following = follow(&self.options, &loaded, &self.events)?;
+        let missing = match &self.following {
+            None => true,
+            Some(followed) => !followed.pods && needs_pods(&self.options, &loaded),
+        };
+        if missing {
+            let number = self.following.as_ref().map_or(0, |f| f.number + 1);
+            let next = follow(&self.options, &loaded, number, &self.events)?;
+            if self.following.is_some() && next.is_some() {
+                self.next_view = Some(self.view.successor());
+            }
+            self.following = next;
         }
         let bound = self.live.bind(&loaded)?;
         self.shared.loaded.store(Arc::new(loaded));

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
-use kun_config::{ClusterSource, Config};
+use kun_config::Config;
 use kun_control::{ClientError, Request, Response};
 use kun_telemetry::LoadError;
 
@@ -35,7 +35,7 @@ const DEFAULT_SOCKET: &str = "/run/kun/agent.sock";
     after_help = "Exit codes: 0 all is well, 1 something is not as it should be, 2 usage or configuration, 3 no agent answers."
 )]
 struct Flags {
-    /// The configuration, for the agent's socket and the manifest folder.
+    /// The configuration, for the agent's socket and the cluster.
     #[arg(long, global = true, default_value = "/etc/kun/kun.yaml")]
     config: PathBuf,
     /// The agent's socket; overrides the configuration.
@@ -156,7 +156,9 @@ fn run(flags: &Flags, command: &Command) -> Result<bool, Failure> {
             let question = target::question(words)?;
             let destinations = match &question.destination {
                 Destination::Address(address) => vec![*address],
-                Destination::Name(name) => target::resolve(name, config.as_ref().and_then(folder))?,
+                Destination::Name(name) => {
+                    target::resolve(name, config.as_ref().map(|c| &c.cluster))?
+                }
             };
             let mut good = true;
             for destination in destinations {
@@ -197,13 +199,6 @@ fn config(flags: &Flags) -> Result<Option<Config>, Failure> {
             Ok(None)
         }
         Err(error) => Err(error.into()),
-    }
-}
-
-fn folder(config: &Config) -> Option<&Path> {
-    match &config.cluster {
-        ClusterSource::Folder(folder) => Some(folder),
-        ClusterSource::Kubernetes { .. } => None,
     }
 }
 

@@ -1,10 +1,14 @@
 //! What `kunctl why` is asked about: the words of the command line to a protocol, a client and a destination; names to addresses.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
 
-use kun_cluster::folder::{FolderError, FolderSource};
-use kun_cluster::{Event, ObjectName, Service, Store};
+use kun_cluster::{Event, Kind, ObjectName, Service, Source, SourceError, Store, Wanted};
+use kun_config::ClusterSource;
+
+/// A person waits: an API server that is there lists its Services in a second or two.
+const SNAPSHOT_WITHIN: Duration = Duration::from_secs(10);
 
 /// A question before names are resolved.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,7 +102,9 @@ fn host_and_port(text: &str) -> Result<(Destination, u16), QuestionError> {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ResolveError {
     #[error(transparent)]
-    Folder(#[from] FolderError),
+    Source(#[from] SourceError),
+    #[error("the cluster's Services cannot be read: {0}; ask by address instead")]
+    Silent(String),
     #[error("Service {0} has no cluster address (headless): ask about one of its endpoints")]
     Headless(ObjectName),
     #[error(
@@ -111,20 +117,24 @@ pub(crate) enum ResolveError {
     },
 }
 
-/// The addresses of a name: of a Service in the manifest folder (`web`, `web.shop`, `shop/web`, `web.shop.svc.cluster.local`), else
-/// whatever the system's resolver says.
-pub(crate) fn resolve(name: &str, folder: Option<&Path>) -> Result<Vec<IpAddr>, ResolveError> {
-    if let Some(folder) = folder {
-        let store = snapshot(folder)?;
+/// The addresses of a name: of a Service of the cluster (`web`, `web.shop`, `shop/web`, `web.shop.svc.cluster.local`), else whatever the
+/// system's resolver says.
+pub(crate) fn resolve(
+    name: &str,
+    cluster: Option<&ClusterSource>,
+) -> Result<Vec<IpAddr>, ResolveError> {
+    if let Some(cluster) = cluster {
+        let store = snapshot(cluster)?;
         if let Some(service) = candidates(name).find_map(|name| store.service(&name).cloned()) {
             return addresses(&service)
                 .ok_or_else(|| ResolveError::Headless(service.meta.name.clone()));
         }
     }
-    let place = folder.map_or_else(
-        || "a manifest folder (none is configured)".to_owned(),
-        |f| f.display().to_string(),
-    );
+    let place = match cluster {
+        None => "a cluster (none is configured)".to_owned(),
+        Some(ClusterSource::Folder(folder)) => folder.display().to_string(),
+        Some(ClusterSource::Kubernetes { .. }) => "the API server".to_owned(),
+    };
     let found = (name, 0)
         .to_socket_addrs()
         .map_err(|source| ResolveError::Unknown {
@@ -155,17 +165,34 @@ fn addresses(service: &Service) -> Option<Vec<IpAddr>> {
     Some(service.cluster_ips.clone()).filter(|ips| !ips.is_empty())
 }
 
-fn snapshot(folder: &Path) -> Result<Store, FolderError> {
-    let mut source = FolderSource::open(folder)?;
+/// The Services as they are now.
+fn snapshot(cluster: &ClusterSource) -> Result<Store, ResolveError> {
+    let (sender, events) = sync_channel(1);
+    let wanted = Wanted::new().all([Kind::Service]);
+    let following =
+        Source::open(cluster)?.follow(wanted, move |event| sender.send(event).is_ok())?;
+    let until = Instant::now() + SNAPSHOT_WITHIN;
     let mut store = Store::new();
+    let mut troubles = Vec::new();
     loop {
-        match source.next_event() {
-            Event::Deltas(deltas) => deltas
+        let left = until.saturating_duration_since(Instant::now());
+        match events.recv_timeout(left) {
+            Ok(Event::Deltas(deltas)) => deltas
                 .into_iter()
                 .for_each(|delta| drop(store.apply(delta))),
-            Event::Synced => return Ok(store),
-            Event::Trouble(trouble) => eprintln!("kunctl: {trouble}"),
-            Event::Partial | Event::Whole => {}
+            Ok(Event::Synced) => return Ok(store),
+            Ok(Event::Trouble(trouble)) => {
+                eprintln!("kunctl: {trouble}");
+                troubles.push(trouble);
+            }
+            Ok(Event::Partial | Event::Whole) => {}
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                troubles.extend(following.troubles().now());
+                let why = troubles.pop();
+                return Err(ResolveError::Silent(
+                    why.unwrap_or_else(|| format!("nothing within {SNAPSHOT_WITHIN:?}")),
+                ));
+            }
         }
     }
 }
@@ -245,21 +272,24 @@ mod tests {
             "web.shop.svc.cluster.local.",
         ] {
             assert_eq!(
-                resolve(name, Some(dir.path())).expect("found"),
+                resolve(name, Some(&ClusterSource::Folder(dir.path().to_owned()))).expect("found"),
                 want,
                 "{name}"
             );
         }
-        let headless = resolve("bare", Some(dir.path()))
+        let headless = resolve("bare", Some(&ClusterSource::Folder(dir.path().to_owned())))
             .expect_err("headless")
             .to_string();
         assert_eq!(
             headless,
             "Service default/bare has no cluster address (headless): ask about one of its endpoints"
         );
-        let unknown = resolve("nobody.invalid", Some(dir.path()))
-            .expect_err("unknown")
-            .to_string();
+        let unknown = resolve(
+            "nobody.invalid",
+            Some(&ClusterSource::Folder(dir.path().to_owned())),
+        )
+        .expect_err("unknown")
+        .to_string();
         assert!(
             unknown.starts_with("`nobody.invalid` is no Service in "),
             "{unknown}"

@@ -1,13 +1,13 @@
 //! The plan's promises as properties over random clusters, and its choices as examples.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 use kun_cluster::folder::parse_manifest;
 use kun_cluster::{Delta, Kind, ObjectName, Store};
-use kun_config::types::SlotClass;
-use kun_operator::plan::{Assignments, Plan, Pools, Shortage, plan};
+use kun_config::types::{BlockId, SlotClass};
+use kun_operator::plan::{Assignments, Plan, Pools, Range, Shortage, plan};
 use proptest::prelude::*;
 
 fn store(text: &str) -> Store {
@@ -31,8 +31,9 @@ fn balancer(name: &str, families: &str) -> String {
     )
 }
 
-fn nets(list: &[&str]) -> Vec<Ipv4Net> {
-    list.iter().map(|n| n.parse().expect("a prefix")).collect()
+fn nets(list: &[&str]) -> Vec<Range<Ipv4Net>> {
+    let nets = list.iter().map(|n| n.parse::<Ipv4Net>().expect("a prefix"));
+    nets.map(Range::from).collect()
 }
 
 fn pools(dual: &[&str], v6_only: &[&str], services: &[&str]) -> Pools {
@@ -41,7 +42,7 @@ fn pools(dual: &[&str], v6_only: &[&str], services: &[&str]) -> Pools {
         v6_only: nets(v6_only),
         services: services
             .iter()
-            .map(|n| n.parse::<IpNet>().expect("a prefix"))
+            .map(|n| n.parse::<IpNet>().expect("a prefix").into())
             .collect(),
     }
 }
@@ -113,7 +114,7 @@ fn a_removed_node_keeps_its_blocks() {
 
 #[test]
 fn blocks_written_by_hand_are_respected_and_not_taken_over() {
-    let by_hand = "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {name: x}\nspec: {first: 10.64.0.0, node: b}\n";
+    let by_hand = "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {name: block-10-64-0-0}\nspec: {first: 10.64.0.0, node: b}\n";
     let store = store(&(node("a") + &node("b") + by_hand));
     let plan = plan(
         &store,
@@ -129,16 +130,21 @@ fn blocks_written_by_hand_are_respected_and_not_taken_over() {
 
 #[test]
 fn one_block_for_two_nodes_is_told() {
-    let block = |name: &str, node: &str| {
-        format!(
-            "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {{name: {name}}}\nspec: {{first: 10.64.0.0, node: {node}}}\n"
-        )
+    // The name of the object follows from the block: the other claim is what the operator remembers.
+    let by_hand = "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {name: block-10-64-0-0}\nspec: {first: 10.64.0.0, node: b}\n";
+    let before = Assignments {
+        blocks: [("10.64.0.0", "a")]
+            .map(|(first, node)| {
+                let first: Ipv4Addr = first.parse().expect("an address");
+                (BlockId::new(first.into()).expect("aligned"), node.into())
+            })
+            .into(),
+        ..Assignments::default()
     };
-    let store = store(&(block("x", "a") + &block("y", "b")));
     let plan = plan(
-        &store,
+        &store(by_hand),
         &pools(&["10.64.0.0/24"], &["240.0.0.0/24"], &[]),
-        &Assignments::default(),
+        &before,
         1,
     );
     let told: Vec<String> = plan.shortages.iter().map(Shortage::to_string).collect();
@@ -249,7 +255,7 @@ proptest! {
         // Small enough that some lives run out: 16 dual blocks, and 1 to 14 addresses.
         let pools = pools(&["10.64.0.0/23", "10.70.0.0/23"], &["240.0.0.0/22"], &["2001:db8::/125"]);
         let v4: IpNet = format!("192.0.2.0/{v4_bits}").parse().expect("a prefix");
-        let pools = Pools { services: [pools.services, vec![v4]].concat(), ..pools };
+        let pools = Pools { services: [pools.services, vec![v4.into()]].concat(), ..pools };
         let mut held = Assignments::default();
         for (nodes, services) in life {
             let mut text: String = nodes.iter().map(|n| node(&format!("node-{n}"))).collect();
@@ -261,7 +267,7 @@ proptest! {
             let mut seen = BTreeSet::new();
             for address in planned.assignments.addresses.values().flatten() {
                 prop_assert!(seen.insert(*address), "{address} given twice");
-                prop_assert!(pools.services.iter().any(|net| net.contains(address)));
+                prop_assert!(pools.services.iter().any(|range| range.net.contains(address)));
             }
             for (block, owner) in &held.blocks {
                 prop_assert_eq!(planned.assignments.blocks.get(block), Some(owner), "a block moved");
@@ -277,7 +283,7 @@ proptest! {
             }
             for node in store.nodes() {
                 for class in [SlotClass::Dual, SlotClass::V6Only] {
-                    let has = planned.assignments.blocks.iter().filter(|(b, n)| **n == node.meta.name.name && b.class() == class).count();
+                    let has = planned.assignments.blocks.iter().filter(|(b, n)| n.node == node.meta.name.name && b.class() == class).count();
                     let short = planned.shortages.iter().any(|s| {
                         matches!(s, Shortage::Blocks { node: n, class: c, .. } if *n == node.meta.name.name && *c == class)
                     });

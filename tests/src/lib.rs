@@ -4,4 +4,7 @@
 
 pub mod bench;
 pub mod control_plane;
+pub mod faulty_proxy;
 pub mod lab;
+pub mod rig;
+pub mod watcher;

@@ -3,10 +3,23 @@
 
 #![forbid(unsafe_code)]
 
+pub mod crd;
 mod kubernetes;
 mod model;
+mod resource;
 mod store;
+mod wanted;
+pub mod watch;
 
-pub use kubernetes::{Interner, Manifest, ServiceAddress, parse_manifest, parse_with};
+pub use crd::{
+    BgpAdvertisement, BgpPeer, BgpRouteAffinity, BgpSession, BrakeOverride, IpPool, IpamBlock,
+    KunService,
+};
+pub use kubernetes::{
+    Interner, Manifest, Reading, ServiceAddress, parse_manifest, parse_with, parse_with_status,
+    read_api,
+};
 pub use model::*;
+pub use resource::{KUN_GROUP, KUN_VERSION, Resource};
 pub use store::Store;
+pub use wanted::{Scope, Wanted};

@@ -20,6 +20,14 @@ pub struct ClusterView {
 }
 
 impl ClusterView {
+    /// An empty one that is to take this one's place: serial numbers go on growing.
+    pub fn successor(&self) -> Self {
+        Self {
+            version: self.version,
+            ..Self::default()
+        }
+    }
+
     /// Takes an event in; true if snapshots are to be built anew.
     pub fn apply(&mut self, event: &Event) -> bool {
         let changed = match event {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foldhash::fast::FixedState;
-use kun_config::corefile::{Corefile, Forward, Kubernetes};
+use kun_config::corefile::{Corefile, Forward, Kubernetes, PodMode};
 
 use crate::chain::{Chain, Collected, Handled, Materials, Scene, Source};
 use crate::cluster::ClusterView;
@@ -134,6 +134,11 @@ impl World {
     /// Whether names of the cluster are served.
     pub fn wants_cluster(&self) -> bool {
         !self.routes.kubernetes.is_empty()
+    }
+
+    /// Whether some of them need every Pod.
+    pub fn wants_pods(&self) -> bool {
+        self.routes.kubernetes.iter().any(|spec| spec.pods == PodMode::Verified)
     }
 
     /// Whether every snapshot holds a complete cluster.

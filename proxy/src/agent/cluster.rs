@@ -6,7 +6,9 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ipnet::IpNet;
-use kun_cluster::{Delta, Event, Following, Kind, Source, SourceError, Store, Troubles, Wanted};
+use kun_cluster::{
+    Delta, Event, Following, IpamBlock, Kind, Source, SourceError, Store, Troubles, Wanted,
+};
 use kun_cni::clock;
 use kun_cni::ipam::{IpamError, IpamService};
 use kun_config::types::{BlockId, SlotClass};
@@ -50,15 +52,16 @@ impl View {
     }
 }
 
-/// What a node looks at. Of pods and blocks, a node that asks the API reads its own: ten thousand that each read all would be the
-/// API server's whole load. A folder is read whole in any case, and who else owns a block is told while it is partial.
+/// What a node looks at. Of nodes, pods and blocks, a node that asks the API reads its own: ten thousand that each read all would be
+/// the API server's whole load. A folder is read whole in any case, and who else owns a block is told while it is partial.
 fn wanted(config: &Config) -> Wanted {
-    let wanted = Wanted::new().all([Kind::Service, Kind::EndpointSlice, Kind::Node]);
+    let own = [Kind::Node, Kind::Pod, Kind::IpamBlock];
+    let wanted = Wanted::new().all([Kind::Service, Kind::EndpointSlice]);
     match &config.cluster {
-        ClusterSource::Folder(_) => wanted.all([Kind::Pod, Kind::IpamBlock]),
-        ClusterSource::Kubernetes { .. } => wanted
-            .of_node(Kind::Pod, &config.node.name)
-            .of_node(Kind::IpamBlock, &config.node.name),
+        ClusterSource::Folder(_) => wanted.all(own),
+        ClusterSource::Kubernetes { .. } => own.into_iter().fold(wanted, |wanted, kind| {
+            wanted.of_node(kind, &config.node.name)
+        }),
     }
 }
 
@@ -112,11 +115,13 @@ fn on_event(event: &Event, view: &View, blocks: &Blocks) {
     }
 }
 
+/// Whose a block is, is said by the block and by which Node has our name now.
 fn about_blocks(delta: &Delta) -> bool {
-    match delta {
-        Delta::Upsert(object) => object.kind() == Kind::IpamBlock,
-        Delta::Remove(kind, _) => *kind == Kind::IpamBlock,
-    }
+    let kind = match delta {
+        Delta::Upsert(object) => object.kind(),
+        Delta::Remove(kind, _) => *kind,
+    };
+    matches!(kind, Kind::IpamBlock | Kind::Node)
 }
 
 /// The blocks of this node: told to the address store, routed, announced.
@@ -180,16 +185,37 @@ impl Blocks {
         done.failed = failed;
     }
 
-    /// The blocks of this node. While the view is partial also those that the store knew, unless a manifest gives them to another.
+    /// The blocks that this node gives addresses from: its own, unless it is to return them. A Node that had this name before was another
+    /// owner, whose blocks are not ours. While the view is partial also those that the store knew, unless a manifest gives them to another.
     fn owned(&self, view: &View) -> Result<BTreeSet<BlockId>, BlocksError> {
         let own = &self.config.node.name;
-        let mut owned: BTreeSet<BlockId> = view.store().blocks_of(own).map(|b| b.block).collect();
+        let mut owned: BTreeSet<BlockId> = {
+            let store = view.store();
+            let uid = store.node(own).map(|node| Arc::clone(&node.meta.uid));
+            let ours = |block: &IpamBlock| match &block.spec.node_uid {
+                Some(owner) => uid.as_ref().is_some_and(|uid| uid == owner.shared()),
+                // In a folder a name is all there is.
+                None => true,
+            };
+            let blocks = store
+                .blocks_of(own)
+                .filter(|block| ours(block) && !block.spec.draining);
+            blocks.map(|block| block.block()).collect()
+        };
         if view.partial.load(Ordering::Acquire) {
-            let elsewhere: BTreeSet<BlockId> = view.store().blocks().map(|b| b.block).collect();
+            let elsewhere: BTreeSet<BlockId> = view.store().blocks().map(|b| b.block()).collect();
             let known = self.ipam.blocks(clock::now())?;
             owned.extend(known.iter().filter(|b| !elsewhere.contains(b)));
         }
         Ok(owned)
+    }
+
+    /// Whether there is any address to give.
+    pub(crate) fn any(&self) -> bool {
+        self.lock()
+            .owned
+            .as_ref()
+            .is_some_and(|owned| !owned.is_empty())
     }
 
     /// What does not stand, for status.
