@@ -9,10 +9,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use kun_cni_core::ipam::{Command, Effect, Ipam, Key, Owner, Pod, Record, Reply, SlotState};
+use kun_cni_core::ipam::{
+    Choice, Command, Effect, Ipam, Key, Look, Needs, Owner, Pod, Reply, Rules, Unavailable,
+    Unforgotten, Watermark,
+};
 use kun_config::types::{BlockId, PodPrefix, Slot, SlotClass};
-use kun_control::{Allocation, AttachmentKey, PodRef, Request, Response, SlotRow};
+use kun_config::{ClusterSource, Config};
+use kun_control::{Allocation, AttachmentKey, Exhausted, Holder, PodRef, Request, Response};
 
+use crate::rows;
 use crate::spool::Spool;
 use crate::store::{Store, StoreError};
 
@@ -52,7 +57,8 @@ pub enum IpamError {
 pub struct IpamService {
     prefix: PodPrefix,
     default_class: SlotClass,
-    cooldown: Duration,
+    pools: rows::Pools,
+    rules: Rules,
     boot: BootId,
     state_dir: PathBuf,
     spool: Spool,
@@ -66,6 +72,15 @@ pub struct IpamService {
 struct Open {
     store: Store,
     core: Ipam,
+    /// What a new boot means: part of the next commit. Nothing is told before it, and after a crash it is found out again.
+    owed: Vec<Effect>,
+}
+
+/// Releases out of the spool that were stepped.
+#[derive(Debug, Default)]
+struct Drained {
+    effects: Vec<Effect>,
+    paths: Vec<PathBuf>,
 }
 
 #[derive(Debug, Default)]
@@ -82,7 +97,7 @@ impl IpamService {
     /// or another process keeps it for longer than [`OPEN_WITHIN`].
     pub fn open(
         state_dir: &Path,
-        config: &kun_config::Ipam,
+        config: &Config,
         boot: BootId,
         now: BootTime,
     ) -> Result<Self, IpamError> {
@@ -92,15 +107,17 @@ impl IpamService {
     /// [`IpamService::open`] with another patience.
     pub fn open_within(
         state_dir: &Path,
-        config: &kun_config::Ipam,
+        config: &Config,
         boot: BootId,
         now: BootTime,
         wait: Duration,
     ) -> Result<Self, IpamError> {
+        let ipam = &config.ipam;
         let service = Self {
-            prefix: config.pod_prefix,
-            default_class: config.default_class,
-            cooldown: config.cooldown,
+            prefix: ipam.pod_prefix,
+            default_class: ipam.default_class,
+            pools: rows::Pools::of(ipam),
+            rules: Rules::new(ipam.cooldown, ipam.quarantine_after, needs(&config.cluster)),
             boot,
             state_dir: state_dir.to_owned(),
             spool: Spool::new(state_dir),
@@ -109,16 +126,24 @@ impl IpamService {
             answered: Condvar::new(),
         };
         let mut open = service.open_store(now, wait)?;
-        service.drain_spool(&mut open, now)?;
+        let released = service.step_spool(&mut open, now);
+        service.finish(&mut open, Vec::new(), &released)?;
         *service.lock_open() = Some(open);
         Ok(service)
     }
 
-    /// Answers `Allocate`, `Attached`, `Release`, `Lookup` and `Ipam`, durably where something changed; blocks for one flush.
-    /// `Attached` is only acknowledged: programs and routes are the agent's.
+    /// Answers `Allocate`, `Attached`, `Verify`, `Release`, `Lookup`, `Capacity` and `Ipam`, durably where something changed; blocks for one flush.
+    /// `Attached` and `Verify` are only acknowledged: programs and routes are the agent's.
     pub fn handle(&self, request: &Request, now: BootTime) -> Response {
         match request {
-            Request::Allocate { key, pod, class } => {
+            Request::Allocate {
+                key,
+                pod,
+                class,
+                slot,
+                within,
+                delegated,
+            } => {
                 if let Some(refused) = refuse(key, pod) {
                     return refused;
                 }
@@ -129,16 +154,41 @@ impl IpamService {
                         name: pod.name.clone(),
                         uid: pod.uid.clone(),
                     },
+                    delegated: *delegated,
                 };
                 let class = class.unwrap_or(self.default_class);
-                self.respond(Command::Allocate { owner, class }, now)
+                let command = match (slot, within.as_slice()) {
+                    (Some(slot), _) => Command::AllocateOf {
+                        owner,
+                        choice: Choice::Slot(*slot),
+                    },
+                    (None, []) => Command::Allocate { owner, class },
+                    (None, ranges) => Command::AllocateOf {
+                        owner,
+                        choice: Choice::Within {
+                            class,
+                            ranges: ranges.iter().map(|r| (r.first, r.last)).collect(),
+                        },
+                    },
+                };
+                self.respond(command, now)
             }
             Request::Release { key, generation } => {
                 let key = core_key(key);
                 let generation = *generation;
                 self.respond(Command::Release { key, generation }, now)
             }
-            Request::Attached { .. } => Response::Done,
+            Request::Attached { .. } | Request::Verify { .. } => Response::Done,
+            Request::Capacity { class } => {
+                match self.counts(class.unwrap_or(self.default_class), now) {
+                    Ok((allocated, cooling, free)) => Response::Capacity {
+                        allocated,
+                        cooling,
+                        free,
+                    },
+                    Err(e) => failed(e),
+                }
+            }
             Request::Lookup { key } => match self.read(now, |core| core.lookup(&core_key(key))) {
                 Ok(Some(found)) => Response::Allocation {
                     allocation: self.allocation(&found),
@@ -146,10 +196,20 @@ impl IpamService {
                 Ok(None) => Response::Unknown,
                 Err(e) => failed(e),
             },
-            Request::Ipam => match self.rows(now) {
-                Ok(slots) => Response::Ipam { slots },
-                Err(e) => failed(e),
-            },
+            Request::Ipam => {
+                match self.read(now, |core| rows::all(core, self.prefix, &self.pools, now)) {
+                    Ok((slots, blocks, pools)) => Response::Ipam {
+                        slots,
+                        blocks,
+                        pools,
+                    },
+                    Err(e) => failed(e),
+                }
+            }
+            // Whether an interface still carries the address is for the agent to see, before it asks.
+            Request::Free {
+                slot, generation, ..
+            } => self.free(*slot, *generation, now),
             Request::Status | Request::Why { .. } => Response::Failed {
                 message: "the address service answers only for addresses; ask the node agent"
                     .into(),
@@ -191,38 +251,49 @@ impl IpamService {
         self.read(now, |core| core.counts(class))
     }
 
-    fn rows(&self, now: BootTime) -> Result<Vec<SlotRow>, IpamError> {
-        self.read(now, |core| {
-            core.records()
-                .filter_map(|record| self.row(core, record, now))
-                .collect()
-        })
+    /// Lets a slot go by hand; the caller has made sure that nothing uses it.
+    pub fn free(&self, slot: Slot, generation: u64, now: BootTime) -> Response {
+        self.respond(Command::Free { slot, generation }, now)
     }
 
-    fn row(&self, core: &Ipam, record: &Record, now: BootTime) -> Option<SlotRow> {
-        let (state, owner, free_in_secs) = match &record.state {
-            SlotState::Allocated { owner } => ("allocated", owner.clone(), None),
-            SlotState::Cooling { owner, since } => {
-                let left = core.remaining(*since, now);
-                // Its time has passed, only no command came since.
-                if left.is_zero() {
-                    return None;
-                }
-                let owner = owner.clone().unwrap_or_else(nobody);
-                ("cooling", owner, Some(round_up(left)))
-            }
-            SlotState::Free => return None,
-        };
-        Some(SlotRow {
-            slot: record.slot,
-            state: state.into(),
-            generation: record.generation,
-            v6: self.prefix.address(record.slot),
-            v4: v4(record.slot),
-            key: control_key(&owner.key),
-            pod: control_pod(&owner.pod),
-            free_in_secs,
-        })
+    /// Which evidence this node asks for before an address is used again.
+    pub fn needs(&self) -> Needs {
+        self.rules.needs
+    }
+
+    /// The slots to look at, with what a look must name. Empty where time decides alone.
+    pub fn unforgotten(&self, now: BootTime) -> Result<Vec<Unforgotten>, IpamError> {
+        if self.rules.needs == Needs::NONE {
+            return Ok(Vec::new());
+        }
+        self.read(now, |core| core.unforgotten().collect())
+    }
+
+    /// Tells what was seen of slots since [`IpamService::unforgotten`] named them.
+    pub fn observe(
+        &self,
+        looks: Vec<Look>,
+        watermark: Option<Watermark>,
+        now: BootTime,
+    ) -> Result<(), IpamError> {
+        self.submit(Command::Observe { looks, watermark }, now)
+            .map(|_| ())
+            .map_err(|what| self.store_io(what))
+    }
+
+    /// Looks at the state as it is; for what the methods above do not say.
+    pub fn read<T>(&self, now: BootTime, look: impl FnOnce(&Ipam) -> T) -> Result<T, IpamError> {
+        let mut guard = self.lock_open();
+        if guard.is_none() {
+            *guard = Some(self.open_store(now, Duration::ZERO)?);
+        }
+        let open = guard.as_ref().expect("it was opened just now");
+        Ok(look(&open.core))
+    }
+
+    /// The /96 over all pods.
+    pub fn prefix(&self) -> PodPrefix {
+        self.prefix
     }
 
     fn respond(&self, command: Command, now: BootTime) -> Response {
@@ -231,13 +302,43 @@ impl IpamService {
                 allocation: self.allocation(&allocation),
             },
             Ok(Reply::Exhausted {
+                class,
                 retry_after,
-                allocated,
-                cooling,
+                census,
+                holders,
             }) => Response::Exhausted {
-                retry_after_secs: retry_after.map(round_up),
-                allocated,
-                cooling,
+                exhausted: Exhausted {
+                    class,
+                    retry_after_secs: retry_after.map(round_up),
+                    allocated: census.allocated,
+                    cooling: census.cooling,
+                    waiting: census.waiting,
+                    quarantined: census.quarantined,
+                    holders: holders
+                        .into_iter()
+                        .map(|(name, slots)| Holder { name, slots })
+                        .collect(),
+                },
+            },
+            Ok(Reply::Changed { generation }) => Response::Failed {
+                message: format!(
+                    "the slot has generation {generation} by now: look again before you free it"
+                ),
+            },
+            Ok(Reply::Unavailable { slot, because }) => Response::Unavailable {
+                slot,
+                because: match because {
+                    Unavailable::NotOurs => kun_control::Unavailable::NotOurs,
+                    Unavailable::Allocated(owner) => kun_control::Unavailable::Allocated {
+                        key: control_key(&owner.key),
+                        pod: control_pod(&owner.pod),
+                    },
+                    Unavailable::Cooling(left) => kun_control::Unavailable::Cooling {
+                        free_in_secs: Some(round_up(left)),
+                    },
+                    Unavailable::Known => kun_control::Unavailable::Cooling { free_in_secs: None },
+                    Unavailable::HasAnother(slot) => kun_control::Unavailable::HasAnother { slot },
+                },
             },
             Ok(
                 Reply::Released(_) | Reply::NothingToRelease | Reply::Done | Reply::TooManyBlocks,
@@ -289,9 +390,10 @@ impl IpamService {
             },
         }
         .and_then(|mut open| {
-            if let Some((_, _, now)) = batch.first() {
-                self.drain_spool(&mut open, *now)?;
-            }
+            let released = match batch.first() {
+                Some((_, _, now)) => self.step_spool(&mut open, *now),
+                None => Drained::default(),
+            };
             let mut effects = Vec::new();
             let mut replies = Vec::with_capacity(batch.len());
             for (_, command, now) in batch {
@@ -299,7 +401,7 @@ impl IpamService {
                 effects.extend(step.effects);
                 replies.push(step.reply);
             }
-            open.store.commit(&effects)?;
+            self.finish(&mut open, effects, &released)?;
             Ok((open, replies))
         });
         match outcome {
@@ -323,45 +425,47 @@ impl IpamService {
 
     fn open_store(&self, now: BootTime, wait: Duration) -> Result<Open, IpamError> {
         let store = Store::open(&self.state_dir, wait)?;
-        let (core, effects) = Ipam::load(store.load()?, self.cooldown, self.boot, now)
-            .map_err(|e| store.damaged(e))?;
-        store.commit(&effects)?;
-        Ok(Open { store, core })
+        let (core, owed) =
+            Ipam::load(store.load()?, self.rules, self.boot, now).map_err(|e| store.damaged(e))?;
+        Ok(Open { store, core, owed })
     }
 
-    /// Applies waiting releases and removes them durably before anything else is allocated: an entry that knows no generation
-    /// must never meet a newer allocation of its key.
-    fn drain_spool(&self, open: &mut Open, now: BootTime) -> Result<(), IpamError> {
-        let entries = self.spool.entries();
-        if entries.is_empty() {
-            return Ok(());
-        }
-        let mut effects: Vec<Effect> = Vec::new();
-        let mut paths = Vec::new();
-        for (path, entry) in entries {
+    /// Steps the waiting releases, before anything else is allocated: an entry that knows no generation must never meet a newer
+    /// allocation of its key.
+    fn step_spool(&self, open: &mut Open, now: BootTime) -> Drained {
+        let mut drained = Drained::default();
+        for (path, entry) in self.spool.entries() {
             let command = Command::Release {
                 key: entry.key,
                 generation: entry.generation,
             };
-            effects.extend(open.core.step(command, now).effects);
-            paths.push(path);
+            drained.effects.extend(open.core.step(command, now).effects);
+            drained.paths.push(path);
         }
-        open.store.commit(&effects)?;
-        self.spool.remove(&paths).map_err(|e| {
+        drained
+    }
+
+    /// Everything that is owed, in one transaction; then the spool's entries go, durably, before anybody hears of anything.
+    fn finish(
+        &self,
+        open: &mut Open,
+        effects: Vec<Effect>,
+        drained: &Drained,
+    ) -> Result<(), IpamError> {
+        let mut all = open.owed.clone();
+        all.extend(drained.effects.iter().cloned());
+        all.extend(effects);
+        open.store.commit(&all)?;
+        open.owed.clear();
+        if drained.paths.is_empty() {
+            return Ok(());
+        }
+        self.spool.remove(&drained.paths).map_err(|e| {
             IpamError::Store(StoreError::Io {
                 path: self.state_dir.join(crate::spool::DIRECTORY),
                 what: e.to_string(),
             })
         })
-    }
-
-    fn read<T>(&self, now: BootTime, look: impl FnOnce(&Ipam) -> T) -> Result<T, IpamError> {
-        let mut guard = self.lock_open();
-        if guard.is_none() {
-            *guard = Some(self.open_store(now, Duration::ZERO)?);
-        }
-        let open = guard.as_ref().expect("it was opened just now");
-        Ok(look(&open.core))
     }
 
     fn allocation(&self, a: &kun_cni_core::ipam::Allocation) -> Allocation {
@@ -372,6 +476,7 @@ impl IpamService {
             v6: self.prefix.address(a.slot),
             v4: v4(a.slot),
             pod: control_pod(&a.owner.pod),
+            delegated: a.owner.delegated,
         }
     }
 
@@ -396,6 +501,15 @@ impl IpamService {
         self.queue
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// What can be seen of an address depends on where the cluster is read from. With neither API nor folder there would be nothing
+/// to see; a new source has to say here what it can prove.
+fn needs(source: &ClusterSource) -> Needs {
+    match source {
+        ClusterSource::Folder(_) => Needs::FOLDER,
+        ClusterSource::Kubernetes { .. } => Needs::API,
     }
 }
 
@@ -425,25 +539,14 @@ fn failed(error: IpamError) -> Response {
     }
 }
 
-fn round_up(duration: Duration) -> u64 {
+pub(crate) fn round_up(duration: Duration) -> u64 {
     duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
 }
 
-fn v4(slot: Slot) -> Option<std::net::Ipv4Addr> {
+pub(crate) fn v4(slot: Slot) -> Option<std::net::Ipv4Addr> {
     match slot.class() {
         SlotClass::Dual => Some(slot.ipv4()),
         SlotClass::V6Only => None,
-    }
-}
-
-fn nobody() -> Owner {
-    Owner {
-        key: Key {
-            container_id: String::new(),
-            ifname: String::new(),
-            network: String::new(),
-        },
-        pod: Pod::default(),
     }
 }
 
@@ -456,7 +559,7 @@ pub(crate) fn core_key(key: &AttachmentKey) -> Key {
     }
 }
 
-fn control_key(key: &Key) -> AttachmentKey {
+pub(crate) fn control_key(key: &Key) -> AttachmentKey {
     AttachmentKey {
         network: key.network.clone(),
         container_id: key.container_id.clone(),
@@ -464,7 +567,7 @@ fn control_key(key: &Key) -> AttachmentKey {
     }
 }
 
-fn control_pod(pod: &Pod) -> PodRef {
+pub(crate) fn control_pod(pod: &Pod) -> PodRef {
     PodRef {
         namespace: pod.namespace.clone(),
         name: pod.name.clone(),

@@ -5,14 +5,20 @@
 
 #![forbid(unsafe_code)]
 
+mod addresses;
 pub mod allocator;
+mod attach;
 pub mod clock;
+mod delegate;
+pub mod disk;
 pub mod install;
 pub mod ipam;
+pub mod keeper;
 pub mod kernel;
 pub mod netlink;
 pub mod netns;
 pub mod plugin;
+mod rows;
 pub mod spool;
 pub mod store;
 

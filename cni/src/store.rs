@@ -8,14 +8,21 @@ use std::time::{Duration, Instant};
 
 use kun_cni_core::ipam::{BootId, Effect, Record, Snapshot};
 use kun_config::types::{BlockId, Slot};
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::backends::FileBackend;
+use redb::{
+    Database, DatabaseError, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition,
+    TableError,
+};
+
+use crate::disk::Disk;
 
 /// The file's name below the state directory.
 pub const FILE: &str = "ipam.redb";
 
-/// 16 bytes of boot id under one row, so that the table can hold more later.
+/// 16 bytes of boot id, 8 bytes of the least generation that a slot without a row had.
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const BOOT: &str = "boot";
+const FLOOR: &str = "floor";
 /// Slot → JSON of its record.
 const SLOTS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("slots");
 /// First slot → owned.
@@ -48,7 +55,7 @@ pub enum StoreError {
     },
     /// The file is not as it was written.
     #[error(
-        "{}: the store is damaged ({what}); it is left as it is: move it away once no pod of this node is left, or restore it",
+        "{}: the store is damaged ({what}); it is left as it is: `kunctl ipam rebuild` makes a new one from the interfaces of this node's pods",
         path.display()
     )]
     Damaged {
@@ -84,56 +91,63 @@ impl Store {
         let path = state_dir.join(FILE);
         let begin = Instant::now();
         loop {
-            match Database::builder()
-                .set_cache_size(CACHE)
-                .set_check_integrity_on_open(true)
-                .create(&path)
-            {
-                Ok(database) => {
-                    let store = Self { path, database };
-                    store.make_tables()?;
-                    return Ok(store);
+            let waited = begin.elapsed();
+            match Self::open_file(&path) {
+                Err(StoreError::Busy { .. }) if waited < wait => std::thread::sleep(LOOK_AGAIN),
+                Err(StoreError::Busy { path, .. }) => {
+                    return Err(StoreError::Busy { path, waited });
                 }
-                Err(DatabaseError::DatabaseAlreadyOpen) => {
-                    let waited = begin.elapsed();
-                    if waited >= wait {
-                        return Err(StoreError::Busy { path, waited });
-                    }
-                    std::thread::sleep(LOOK_AGAIN);
-                }
-                Err(DatabaseError::Storage(redb::StorageError::Corrupted(what))) => {
-                    return Err(StoreError::Damaged { path, what });
-                }
-                Err(e @ (DatabaseError::RepairAborted | DatabaseError::UpgradeRequired(_))) => {
-                    return Err(StoreError::Damaged {
-                        path,
-                        what: e.to_string(),
-                    });
-                }
-                // Not a redb file at all is told as InvalidData.
-                Err(DatabaseError::Storage(redb::StorageError::Io(e)))
-                    if e.kind() == std::io::ErrorKind::InvalidData =>
-                {
-                    return Err(StoreError::Damaged {
-                        path,
-                        what: e.to_string(),
-                    });
-                }
-                Err(e) => {
-                    return Err(StoreError::Io {
-                        path,
-                        what: e.to_string(),
-                    });
-                }
+                opened => return opened,
             }
         }
+    }
+
+    fn open_file(path: &Path) -> Result<Self, StoreError> {
+        let io = |what: String| StoreError::Io {
+            path: path.to_owned(),
+            what,
+        };
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(|e| io(e.to_string()))?;
+        let backend = FileBackend::new(file).map_err(|e| cannot_open(path, e))?;
+        Self::on(path, Disk::new(backend))
+    }
+
+    /// On any backend; `path` is for messages.
+    pub fn on(path: &Path, backend: impl StorageBackend) -> Result<Self, StoreError> {
+        let database = Database::builder()
+            .set_cache_size(CACHE)
+            .set_check_integrity_on_open(true)
+            .create_with_backend(backend)
+            .map_err(|e| cannot_open(path, e))?;
+        Ok(Self {
+            path: path.to_owned(),
+            database,
+        })
     }
 
     /// Everything in it.
     pub fn load(&self) -> Result<Snapshot, StoreError> {
         let mut snapshot = Snapshot::default();
         let read = self.database.begin_read().map_err(|e| self.io(e))?;
-        let meta = read.open_table(META).map_err(|e| self.io(e))?;
+        let meta = match read.open_table(META) {
+            Ok(meta) => meta,
+            // The first commit makes all three.
+            Err(TableError::TableDoesNotExist(_)) => return Ok(snapshot),
+            Err(e) => return Err(self.io(e)),
+        };
+        if let Some(row) = meta.get(FLOOR).map_err(|e| self.io(e))? {
+            let bytes: [u8; 8] = row
+                .value()
+                .try_into()
+                .map_err(|_| self.damaged("the least generation has not 8 bytes"))?;
+            snapshot.floor = u64::from_be_bytes(bytes);
+        }
         if let Some(row) = meta.get(BOOT).map_err(|e| self.io(e))? {
             let bytes: [u8; 16] = row
                 .value()
@@ -176,6 +190,10 @@ impl Store {
                         meta.insert(BOOT, boot.0.to_be_bytes().as_slice())
                             .map_err(|e| self.io(e))?;
                     }
+                    Effect::PutFloor(floor) => {
+                        meta.insert(FLOOR, floor.to_be_bytes().as_slice())
+                            .map_err(|e| self.io(e))?;
+                    }
                     Effect::PutBlock { block, owned } => {
                         blocks
                             .insert(block.first().0, *owned)
@@ -191,20 +209,6 @@ impl Store {
                 }
             }
         }
-        write.commit().map_err(|e| self.io(e))
-    }
-
-    /// Reading a missing table is an error in redb: they are made once.
-    fn make_tables(&self) -> Result<(), StoreError> {
-        let read = self.database.begin_read().map_err(|e| self.io(e))?;
-        if read.open_table(SLOTS).is_ok() {
-            return Ok(());
-        }
-        drop(read);
-        let write = self.database.begin_write().map_err(|e| self.io(e))?;
-        write.open_table(META).map_err(|e| self.io(e))?;
-        write.open_table(BLOCKS).map_err(|e| self.io(e))?;
-        write.open_table(SLOTS).map_err(|e| self.io(e))?;
         write.commit().map_err(|e| self.io(e))
     }
 
@@ -230,5 +234,28 @@ impl Store {
                 what: other.to_string(),
             },
         }
+    }
+}
+
+fn cannot_open(path: &Path, error: DatabaseError) -> StoreError {
+    let path = path.to_owned();
+    let what = error.to_string();
+    match error {
+        DatabaseError::DatabaseAlreadyOpen => StoreError::Busy {
+            path,
+            waited: Duration::ZERO,
+        },
+        DatabaseError::RepairAborted
+        | DatabaseError::UpgradeRequired(_)
+        | DatabaseError::Storage(redb::StorageError::Corrupted(_)) => {
+            StoreError::Damaged { path, what }
+        }
+        // Not a redb file at all is told as InvalidData.
+        DatabaseError::Storage(redb::StorageError::Io(e))
+            if e.kind() == std::io::ErrorKind::InvalidData =>
+        {
+            StoreError::Damaged { path, what }
+        }
+        _ => StoreError::Io { path, what },
     }
 }

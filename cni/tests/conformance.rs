@@ -34,6 +34,7 @@ fn every_case_holds_in_both_layouts() {
             program: env!("CARGO_BIN_EXE_kun-cni").into(),
             path: "/opt/cni/bin".into(),
             network,
+            fixed: "10.64.0.60".parse().expect("an address"),
             pod: &|| Ok(Box::new(Pod(Netns::new("cni-pod")?))),
             on_node: &|command, stdin| node.netns.run(|| cni::feed(command, stdin)),
         });

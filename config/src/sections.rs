@@ -79,6 +79,8 @@ pub struct Ipam {
     pub interfaces: Interfaces,
     /// Minimum time between release and reuse, on CLOCK_BOOTTIME.
     pub cooldown: Duration,
+    /// How long evidence that the network has forgotten an address is looked for in vain before the address is kept back.
+    pub quarantine_after: Duration,
     /// `None`: the uplink's.
     pub mtu: Option<u32>,
 }

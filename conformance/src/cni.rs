@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
+mod asked;
+
 /// Versions that the suite can judge, oldest first.
 const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
@@ -25,6 +27,8 @@ pub struct Subject<'a> {
     pub path: PathBuf,
     /// The network configuration without `cniVersion`.
     pub network: Value,
+    /// An address of the network that nobody else has.
+    pub fixed: IpAddr,
     /// A new network namespace; it lives as long as the value.
     pub pod: &'a dyn Fn() -> Result<Box<dyn PodNetns>>,
     /// Runs the command on the node, with this stdin.
@@ -74,6 +78,22 @@ pub const CASES: &[(&str, Case)] = &[
     ("status_succeeds_when_ready", status),
     ("gc_keeps_the_valid_and_frees_the_rest", gc),
     ("a_failed_add_leaves_nothing", failed_add),
+    ("version_repeats_the_callers", asked::version_repeats),
+    (
+        "version_does_not_wait_for_an_open_stdin",
+        asked::version_does_not_wait,
+    ),
+    ("verbs_are_of_their_version", asked::verbs_by_version),
+    (
+        "del_succeeds_whatever_the_arguments",
+        asked::del_whatever_the_arguments,
+    ),
+    ("a_fixed_address_is_one_pods", asked::fixed_address),
+    (
+        "check_does_not_miss_what_left_the_result",
+        asked::check_lets_a_route_go,
+    ),
+    ("the_configurations_dns_is_told", asked::dns_is_told),
 ];
 
 /// Runs every case.

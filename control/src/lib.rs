@@ -6,13 +6,16 @@
 #![forbid(unsafe_code)]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::{NonZeroU16, NonZeroU64};
 use std::path::Path;
 
 use kun_config::types::{Slot, SlotClass};
 use serde::{Deserialize, Serialize};
 
+mod addresses;
 mod client;
 
+pub use addresses::{BlockRow, Exhausted, Holder, PoolRow, SlotRow};
 pub use client::{Client, ClientError};
 
 /// Longest line either side accepts: a status of 2,500 attachments fits four times.
@@ -58,6 +61,96 @@ pub struct Allocation {
     pub v4: Option<Ipv4Addr>,
     /// The pod.
     pub pod: PodRef,
+    /// Another plugin makes the interfaces.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub delegated: bool,
+}
+
+/// Slots that a caller would accept: a whole range of addresses of either family is a range of slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct SlotRange {
+    /// First.
+    pub first: Slot,
+    /// Last, included.
+    pub last: Slot,
+}
+
+impl SlotRange {
+    /// Whether the slot is in it.
+    pub fn contains(&self, slot: Slot) -> bool {
+        (self.first..=self.last).contains(&slot)
+    }
+}
+
+/// How fast a pod's packets may go, both families and all its interfaces together. A direction without a limit is `None`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Bandwidth {
+    /// Into the pod.
+    pub ingress: Option<RateLimit>,
+    /// Out of the pod.
+    pub egress: Option<RateLimit>,
+}
+
+impl Bandwidth {
+    /// Neither direction has a limit.
+    pub fn is_unlimited(&self) -> bool {
+        self.ingress.is_none() && self.egress.is_none()
+    }
+}
+
+/// A limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bits a second.
+    pub rate: NonZeroU64,
+    /// Bits that may go at once after a pause; `None`: the agent's choice. Runtimes pass huge ones (kubelet: 2³¹ − 1).
+    pub burst: Option<NonZeroU64>,
+}
+
+/// Transport of a port mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+/// A port of the node that leads into the pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PortMapping {
+    /// On the node.
+    pub host_port: NonZeroU16,
+    /// In the pod.
+    pub container_port: NonZeroU16,
+    /// Which.
+    pub protocol: Transport,
+    /// On this address of the node alone; `0.0.0.0` and `::`: any of that family; `None`: any of both.
+    pub host_ip: Option<IpAddr>,
+}
+
+/// What the agent does for an attachment beyond its interfaces.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Traffic {
+    /// Limits.
+    pub bandwidth: Bandwidth,
+    /// Host ports.
+    pub port_mappings: Vec<PortMapping>,
+}
+
+impl Traffic {
+    /// Nothing is asked for.
+    pub fn is_empty(&self) -> bool {
+        self.bandwidth.is_unlimited() && self.port_mappings.is_empty()
+    }
 }
 
 /// A request to the agent.
@@ -72,6 +165,16 @@ pub enum Request {
         pod: PodRef,
         /// `None`: the configured default.
         class: Option<SlotClass>,
+        /// This slot and no other. It must be free: a fixed address cools like any other.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        slot: Option<Slot>,
+        /// One of these slots; empty: any.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        within: Vec<SlotRange>,
+        /// Another plugin makes the interfaces (`"ipam": {"type": "kun-cni"}`): that none of ours carries the address proves
+        /// nothing, so only DEL, GC or a person takes it back.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        delegated: bool,
     },
     /// CNI ADD, second half: the interfaces stand; the agent attaches its programs and routes before it answers.
     Attached {
@@ -79,6 +182,19 @@ pub enum Request {
         key: AttachmentKey,
         /// Host-side interface names, IPv6's first.
         host_interfaces: Vec<String>,
+        /// Limits and host ports.
+        #[serde(default, skip_serializing_if = "Traffic::is_empty")]
+        traffic: Traffic,
+    },
+    /// CNI CHECK: whether what `Attached` did still stands.
+    Verify {
+        /// Whose.
+        key: AttachmentKey,
+        /// Host-side interface names, IPv6's first.
+        host_interfaces: Vec<String>,
+        /// Limits and host ports.
+        #[serde(default, skip_serializing_if = "Traffic::is_empty")]
+        traffic: Traffic,
     },
     /// CNI DEL: the slot begins to cool. Unknown keys succeed.
     Release {
@@ -95,8 +211,23 @@ pub enum Request {
     },
     /// Everything `kunctl status` shows.
     Status,
-    /// Every slot that is not free.
+    /// Pools, blocks, and every slot that is not free.
     Ipam,
+    /// By hand: an allocated slot begins to cool; one that cools or is quarantined need not wait for evidence any more.
+    Free {
+        /// The slot.
+        slot: Slot,
+        /// The generation that the caller saw. Another one since: refused.
+        generation: u64,
+        /// Even though an interface still carries the address.
+        #[serde(default)]
+        forced: bool,
+    },
+    /// CNI STATUS: how many slots of the class there are; `None`: of the configured default.
+    Capacity {
+        /// With IPv4 or without.
+        class: Option<SlotClass>,
+    },
     /// Why a 5-tuple goes where it goes.
     Why {
         /// `tcp`, `udp` or `sctp`.
@@ -119,18 +250,35 @@ pub enum Response {
         /// The allocation.
         allocation: Allocation,
     },
-    /// Release, Attached: done.
+    /// Release, Attached, Verify: done, or as it should be.
     Done,
+    /// Verify: something is missing.
+    NotAsExpected {
+        /// One line each.
+        missing: Vec<String>,
+    },
+    /// Capacity.
+    Capacity {
+        /// In use.
+        allocated: u32,
+        /// Released, not to be used yet.
+        cooling: u32,
+        /// To be had at once.
+        free: u32,
+    },
+    /// Allocate with a `slot` that cannot be had.
+    Unavailable {
+        /// The slot.
+        slot: Slot,
+        /// Why not.
+        because: Unavailable,
+    },
     /// Lookup of an unknown key.
     Unknown,
-    /// Every slot is taken or cooling.
+    /// No slot is to be had now (CNI code 11).
     Exhausted {
-        /// Seconds until the first cooling slot may be free; `None`: unknown.
-        retry_after_secs: Option<u64>,
-        /// Allocated slots of the class.
-        allocated: u32,
-        /// Cooling slots of the class.
-        cooling: u32,
+        /// Until when, and who has them.
+        exhausted: Exhausted,
     },
     /// Refused or failed: what, and what to do.
     Failed {
@@ -146,6 +294,12 @@ pub enum Response {
     Ipam {
         /// One row a slot.
         slots: Vec<SlotRow>,
+        /// One row a block.
+        #[serde(default)]
+        blocks: Vec<BlockRow>,
+        /// One row a class.
+        #[serde(default)]
+        pools: Vec<PoolRow>,
     },
     /// `Why`.
     Why {
@@ -154,26 +308,29 @@ pub enum Response {
     },
 }
 
-/// A row of `kunctl ipam`.
+/// Why a slot that was asked for by its number cannot be had.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct SlotRow {
-    /// The slot.
-    pub slot: Slot,
-    /// `allocated`, `cooling`.
-    pub state: String,
-    /// Generation.
-    pub generation: u64,
-    /// IPv6 address.
-    pub v6: Ipv6Addr,
-    /// IPv4 address of dual slots.
-    pub v4: Option<Ipv4Addr>,
-    /// Owner, or last owner.
-    pub key: AttachmentKey,
-    /// The pod.
-    pub pod: PodRef,
-    /// Cooling: seconds until it may be reused.
-    pub free_in_secs: Option<u64>,
+#[serde(tag = "is", rename_all = "kebab-case")]
+pub enum Unavailable {
+    /// In no block of this node.
+    NotOurs,
+    /// In use.
+    Allocated {
+        /// By whom.
+        key: AttachmentKey,
+        /// The pod.
+        pod: PodRef,
+    },
+    /// Released, and not free yet.
+    Cooling {
+        /// Until it is free; `None`: it has rested, but something still knows it; `kunctl ipam` says what.
+        free_in_secs: Option<u64>,
+    },
+    /// The attachment has another slot already.
+    HasAnother {
+        /// Which.
+        slot: Slot,
+    },
 }
 
 /// One reason in the answer to "why?".

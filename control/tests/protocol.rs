@@ -1,13 +1,15 @@
 //! The lines on the wire, byte for byte in both directions, and what the client makes of an agent that misbehaves.
 
 use std::io::{BufRead, BufReader, Write};
+use std::num::{NonZeroU16, NonZeroU64};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
-use kun_config::types::{Slot, SlotClass};
+use kun_config::types::{BlockId, Slot, SlotClass};
 use kun_control::{
-    Allocation, AttachmentKey, BgpSession, ClientError, Fact, MAX_LINE, PodRef, Request, Response,
-    SlotRow, Status, WhyStep, ask,
+    Allocation, AttachmentKey, Bandwidth, BgpSession, BlockRow, ClientError, Exhausted, Fact,
+    Holder, MAX_LINE, PodRef, PoolRow, PortMapping, RateLimit, Request, Response, SlotRange,
+    SlotRow, Status, Traffic, Transport, Unavailable, WhyStep, ask,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -44,6 +46,9 @@ fn requests() {
             key: key(),
             pod: pod(),
             class,
+            slot: None,
+            within: Vec::new(),
+            delegated: false,
         },
         &format!(r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":"v6-only"}}"#),
     );
@@ -51,8 +56,61 @@ fn requests() {
         &Request::Attached {
             key: key(),
             host_interfaces: vec!["kun0a".to_owned()],
+            traffic: Traffic::default(),
         },
         &format!(r#"{{"op":"attached","key":{KEY},"host_interfaces":["kun0a"]}}"#),
+    );
+    golden(
+        &Request::Allocate {
+            key: key(),
+            pod: pod(),
+            class: None,
+            slot: Some(Slot(0x0a40_0001)),
+            within: vec![SlotRange {
+                first: Slot(1),
+                last: Slot(2),
+            }],
+            delegated: true,
+        },
+        &format!(
+            r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":null,"slot":171966465,"within":[{{"first":1,"last":2}}],"delegated":true}}"#
+        ),
+    );
+    let traffic = Traffic {
+        bandwidth: Bandwidth {
+            ingress: Some(RateLimit {
+                rate: NonZeroU64::MIN,
+                burst: None,
+            }),
+            egress: None,
+        },
+        port_mappings: vec![PortMapping {
+            host_port: NonZeroU16::MIN,
+            container_port: NonZeroU16::MAX,
+            protocol: Transport::Udp,
+            host_ip: "::".parse().ok(),
+        }],
+    };
+    const TRAFFIC: &str = r#"{"bandwidth":{"ingress":{"rate":1,"burst":null},"egress":null},"portMappings":[{"hostPort":1,"containerPort":65535,"protocol":"udp","hostIp":"::"}]}"#;
+    golden(
+        &Request::Attached {
+            key: key(),
+            host_interfaces: vec![],
+            traffic: traffic.clone(),
+        },
+        &format!(r#"{{"op":"attached","key":{KEY},"host_interfaces":[],"traffic":{TRAFFIC}}}"#),
+    );
+    golden(
+        &Request::Verify {
+            key: key(),
+            host_interfaces: vec![],
+            traffic,
+        },
+        &format!(r#"{{"op":"verify","key":{KEY},"host_interfaces":[],"traffic":{TRAFFIC}}}"#),
+    );
+    golden(
+        &Request::Capacity { class: None },
+        r#"{"op":"capacity","class":null}"#,
     );
     for (generation, told) in [(None, "null"), (Some(3), "3")] {
         let release = Request::Release {
@@ -70,6 +128,14 @@ fn requests() {
     );
     golden(&Request::Status, r#"{"op":"status"}"#);
     golden(&Request::Ipam, r#"{"op":"ipam"}"#);
+    golden(
+        &Request::Free {
+            slot: Slot(1),
+            generation: 2,
+            forced: false,
+        },
+        r#"{"op":"free","slot":1,"generation":2,"forced":false}"#,
+    );
     golden(
         &Request::Why {
             protocol: "tcp".to_owned(),
@@ -95,6 +161,7 @@ fn answers() {
         v6,
         v4,
         pod: pod(),
+        delegated: false,
     };
     golden(
         &Response::Allocation { allocation },
@@ -103,14 +170,63 @@ fn answers() {
         ),
     );
     golden(&Response::Done, r#"{"is":"done"}"#);
+    golden(
+        &Response::NotAsExpected {
+            missing: vec!["x".to_owned()],
+        },
+        r#"{"is":"not-as-expected","missing":["x"]}"#,
+    );
+    golden(
+        &Response::Capacity {
+            allocated: 1,
+            cooling: 2,
+            free: 3,
+        },
+        r#"{"is":"capacity","allocated":1,"cooling":2,"free":3}"#,
+    );
+    let reasons = [
+        (Unavailable::NotOurs, r#"{"is":"not-ours"}"#.to_owned()),
+        (
+            Unavailable::Allocated {
+                key: key(),
+                pod: pod(),
+            },
+            format!(r#"{{"is":"allocated","key":{KEY},"pod":{POD}}}"#),
+        ),
+        (
+            Unavailable::Cooling {
+                free_in_secs: Some(9),
+            },
+            r#"{"is":"cooling","free_in_secs":9}"#.to_owned(),
+        ),
+        (
+            Unavailable::HasAnother { slot },
+            r#"{"is":"has-another","slot":171966465}"#.to_owned(),
+        ),
+    ];
+    for (because, told) in reasons {
+        golden(
+            &Response::Unavailable { slot, because },
+            &format!(r#"{{"is":"unavailable","slot":171966465,"because":{told}}}"#),
+        );
+    }
     golden(&Response::Unknown, r#"{"is":"unknown"}"#);
     golden(
         &Response::Exhausted {
-            retry_after_secs: Some(9),
-            allocated: 60,
-            cooling: 4,
+            exhausted: Exhausted {
+                class: SlotClass::Dual,
+                retry_after_secs: Some(9),
+                allocated: 60,
+                cooling: 2,
+                waiting: 1,
+                quarantined: 1,
+                holders: vec![Holder {
+                    name: "shop".to_owned(),
+                    slots: 60,
+                }],
+            },
         },
-        r#"{"is":"exhausted","retry_after_secs":9,"allocated":60,"cooling":4}"#,
+        r#"{"is":"exhausted","exhausted":{"class":"dual","retryAfterSecs":9,"allocated":60,"cooling":2,"waiting":1,"quarantined":1,"holders":[{"name":"shop","slots":60}]}}"#,
     );
     golden(
         &Response::Failed {
@@ -127,11 +243,35 @@ fn answers() {
         key: key(),
         pod: pod(),
         free_in_secs: Some(5),
+        age_secs: Some(7),
+        why: vec!["route".to_owned()],
+    };
+    let block = BlockRow {
+        block: BlockId::new(Slot(0x0a40_0000)).expect("aligned"),
+        class: SlotClass::Dual,
+        owned: true,
+        allocated: 1,
+        cooling: 2,
+        free: 61,
+    };
+    let pool = PoolRow {
+        class: SlotClass::Dual,
+        ranges: vec!["10.64.0.0/16".parse().expect("a prefix")],
+        blocks: 1,
+        allocated: 1,
+        cooling: 1,
+        waiting: 1,
+        quarantined: 0,
+        free: 61,
     };
     golden(
-        &Response::Ipam { slots: vec![row] },
+        &Response::Ipam {
+            slots: vec![row],
+            blocks: vec![block],
+            pools: vec![pool],
+        },
         &format!(
-            r#"{{"is":"ipam","slots":[{{"slot":171966465,"state":"cooling","generation":3,"v6":"fd00::a40:1","v4":null,"key":{KEY},"pod":{POD},"freeInSecs":5}}]}}"#
+            r#"{{"is":"ipam","slots":[{{"slot":171966465,"state":"cooling","generation":3,"v6":"fd00::a40:1","v4":null,"key":{KEY},"pod":{POD},"freeInSecs":5,"ageSecs":7,"why":["route"]}}],"blocks":[{{"block":171966464,"class":"dual","owned":true,"allocated":1,"cooling":2,"free":61}}],"pools":[{{"class":"dual","ranges":["10.64.0.0/16"],"blocks":1,"allocated":1,"cooling":1,"waiting":1,"quarantined":0,"free":61}}]}}"#
         ),
     );
     let step = WhyStep {

@@ -147,7 +147,7 @@ fn run(flags: &Flags, command: &Command) -> Result<bool, Failure> {
         }
         Command::Ipam => {
             let answer = ask(socket, &Request::Ipam)?;
-            let Response::Ipam { slots } = &answer else {
+            let Response::Ipam { slots, .. } = &answer else {
                 return Err(Failure::OtherAnswer);
             };
             print(flags.output, &answer, &show::ipam(slots, None))

@@ -297,6 +297,8 @@ mod tests {
                 uid: String::new(),
             },
             free_in_secs: Some(90),
+            age_secs: None,
+            why: Vec::new(),
         };
         let text = ipam(&[row], Some(200)).text;
         let words: Vec<&str> = text

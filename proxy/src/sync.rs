@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use kun_cluster::Event;
-use kun_proxy_core::{Backend, Here, Limits, Observed, Op, Planner};
+use kun_cluster::{Event, ObjectName};
+use kun_proxy_core::{Backend, Here, HostPorts, Limits, Observed, Op, Planner};
 
 /// What [`Proxy::advance`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -48,11 +48,7 @@ impl<B: Backend> Proxy<B> {
     /// Applies the ops of up to `services` changed Services. After an error, call again later: the maps are then read back and
     /// everything is planned anew.
     pub fn advance(&mut self, services: usize) -> Result<Progress, B::Error> {
-        if self.doubtful {
-            let observed = self.backend.observe()?;
-            self.planner.adopt_again(&observed);
-            self.doubtful = false;
-        }
+        self.recover()?;
         let mut progress = Progress::default();
         for _ in 0..services {
             let Some(ops) = self.planner.step() else {
@@ -63,15 +59,51 @@ impl<B: Backend> Proxy<B> {
                 break;
             };
             for op in &ops {
-                if let Err(error) = self.backend.apply(op) {
-                    self.doubtful = true;
-                    return Err(error);
-                }
+                self.apply(op)?;
                 progress.ops += 1;
                 progress.withdrawals += usize::from(Op::withdraws(op));
             }
         }
         Ok(progress)
+    }
+
+    /// Opens or closes an attachment's host ports, out of turn. What is left over is [`Self::advance`]'s.
+    pub fn set_host_ports(
+        &mut self,
+        name: &ObjectName,
+        ports: Option<HostPorts>,
+    ) -> Result<(), B::Error> {
+        self.planner.set_host_ports(name.clone(), ports);
+        self.recover()?;
+        for op in self.planner.plan_attachment(name) {
+            self.apply(&op)?;
+        }
+        Ok(())
+    }
+
+    /// The node's addresses; true: there is something to plan.
+    pub fn set_node_addresses(&mut self, addresses: Vec<IpAddr>) -> bool {
+        self.planner.set_node_addresses(addresses);
+        self.planner.host_ports_wait()
+    }
+
+    /// [`Planner::attachments_known`].
+    pub fn attachments_known(&mut self) {
+        self.planner.attachments_known();
+    }
+
+    /// Reads the maps back after an op that failed.
+    fn recover(&mut self) -> Result<(), B::Error> {
+        if self.doubtful {
+            let observed = self.backend.observe()?;
+            self.planner.adopt_again(&observed);
+            self.doubtful = false;
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, op: &Op) -> Result<(), B::Error> {
+        self.backend.apply(op).inspect_err(|_| self.doubtful = true)
     }
 
     /// [`Planner::vips`] as of the last plan that is in the dataplane as a whole; `None` before the first. A planner that starts

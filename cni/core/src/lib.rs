@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod choice;
 pub mod ipam;
 pub mod names;
 pub mod plan;

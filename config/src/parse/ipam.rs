@@ -80,6 +80,13 @@ pub(super) fn read(f: Fields<'_, '_>) -> (Ipam, Vec<Placed>) {
             .and_then(|c| c.choice(&[("split", Interfaces::Split), ("shared", Interfaces::Shared)]))
             .unwrap_or(Interfaces::Split),
         cooldown: cooldown(&f),
+        quarantine_after: super::duration(
+            &f,
+            "quarantineAfter",
+            Duration::from_secs(3600),
+            Duration::from_secs(60),
+            Duration::from_secs(30 * 86_400),
+        ),
         // 1280: RFC 8200 §5. 65535: a veth's limit.
         mtu: f.get("mtu").and_then(|c| c.count(1280, 65_535)),
     };

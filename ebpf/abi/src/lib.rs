@@ -7,6 +7,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod bandwidth;
 pub mod checksum;
 pub mod nat64;
 pub mod reason;

@@ -46,6 +46,10 @@ pub enum Scope {
     External = 1,
     /// A node port; the address is the node's.
     NodePort = 2,
+    /// A port of the node that leads to one pod (CNI `portMappings`); the address is the node's.
+    HostPort = 3,
+    /// The same at the node's loopback address: for sockets of the node's own network namespace.
+    HostLoopback = 4,
 }
 
 /// Key of `services`.

@@ -33,18 +33,35 @@ pub struct Object {
 }
 
 /// All objects.
-pub const OBJECTS: [Object; 2] = [
+pub const OBJECTS: [Object; 3] = [
     Object {
         name: "service",
         foreign: &[
+            "ebpf/abi/src/bandwidth",
             "ebpf/abi/src/nat64",
             "ebpf/abi/src/translate",
+            "ebpf/programs/src/bandwidth",
             "ebpf/programs/src/nat64",
         ],
     },
     Object {
         name: "nat64",
-        foreign: &["ebpf/abi/src/service", "ebpf/programs/src/service"],
+        foreign: &[
+            "ebpf/abi/src/bandwidth",
+            "ebpf/abi/src/service",
+            "ebpf/programs/src/bandwidth",
+            "ebpf/programs/src/service",
+        ],
+    },
+    Object {
+        name: "bandwidth",
+        foreign: &[
+            "ebpf/abi/src/nat64",
+            "ebpf/abi/src/service",
+            "ebpf/abi/src/translate",
+            "ebpf/programs/src/nat64",
+            "ebpf/programs/src/service",
+        ],
     },
 ];
 

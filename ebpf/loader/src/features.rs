@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use aya::programs::{Program, ProgramError};
 
-use crate::{Error, sys};
+use crate::{Error, service, sys};
 
 /// What differs between the kernels that we run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,12 +42,12 @@ impl fmt::Display for Missing {
 static PROBED: OnceLock<Features> = OnceLock::new();
 
 impl Features {
-    /// Tries each, once in a process. `object` holds a classifier and a connect hook to try with.
-    pub(crate) fn probe(object: &'static str, bytes: &[u8]) -> Result<Self, Error> {
+    /// Tries each, once in a process, with the service object: it has a classifier and a connect hook.
+    pub(crate) fn probe() -> Result<Self, Error> {
         if let Some(known) = PROBED.get() {
             return Ok(*known);
         }
-        let found = Self::try_each(object, bytes)?;
+        let found = Self::try_each(service::OBJECT, service::bytes())?;
         Ok(*PROBED.get_or_init(|| found))
     }
 
@@ -74,7 +74,7 @@ impl Features {
                     let fd = p.fd().map_err(fault)?.as_fd();
                     // No interface has this index. A kernel that knows tcx says so; another does not know the attach type.
                     let tried =
-                        sys::link_create(fd, i32::MAX as u32, sys::attach_type::TCX_INGRESS);
+                        sys::link_create(fd, i32::MAX as u32, sys::attach_type::TCX_INGRESS, 0);
                     features.tcx = tried.is_err_and(|e| e.raw_os_error() == Some(libc::ENODEV));
                 }
                 // Loading fails if the helper is not there; if for another reason, loading it for use says which.

@@ -4,6 +4,7 @@
 //! `ebpf/programs`'; this crate brings them into the kernel, keeps them there when the agent ends, and hands the next agent
 //! what it finds. It decides nothing about services: callers write the maps.
 
+mod bandwidth;
 mod error;
 mod features;
 mod hook;
@@ -14,6 +15,7 @@ mod pins;
 mod service;
 mod sys;
 
+pub use bandwidth::{BUCKETS, BandwidthDataplane};
 pub use error::Error;
 pub use features::{Features, Missing};
 pub use hook::{HookError, Mechanism};

@@ -11,14 +11,37 @@ use std::path::Path;
 
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
 use aya::programs::{Program, ProgramError, SchedClassifier, TcAttachType, tc};
-use aya::{Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfLoader, GlobalData};
 
 use crate::features::Features;
 use crate::pins::{KeptCapacity, MapSpec, Pins};
 use crate::{Error, sys};
 
-/// Ours among a clsact hook's filters; others' come before at lower, after at higher numbers.
-const CLSACT_PRIORITY: u16 = 107;
+/// Where in an interface's chain of programs an object's are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Before all that are there.
+    First,
+    /// After all that are there.
+    Last,
+}
+
+impl Order {
+    /// Ours among a clsact hook's filters; others' come before at lower, after at higher numbers.
+    fn clsact_priority(self) -> u16 {
+        match self {
+            Order::First => 106,
+            Order::Last => 107,
+        }
+    }
+
+    fn tcx_flags(self) -> u32 {
+        match self {
+            Order::First => sys::BPF_F_BEFORE,
+            Order::Last => 0,
+        }
+    }
+}
 
 /// Which way a packet passes an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +88,7 @@ pub(crate) struct Object {
     ebpf: Ebpf,
     pins: Pins,
     features: Features,
+    order: Order,
 }
 
 impl Object {
@@ -75,8 +99,9 @@ impl Object {
         bytes: &[u8],
         pins: Pins,
         specs: &[MapSpec],
-        globals: &[(&'static str, u32)],
+        globals: Vec<(&'static str, GlobalData<'_>)>,
         features: Features,
+        order: Order,
     ) -> Result<(Self, Adopted), Error> {
         let (maps, capacities) = pins.check(specs)?;
         let mut loader = EbpfLoader::new();
@@ -85,7 +110,7 @@ impl Object {
             loader.map_pin_path(spec.name, pins.map(spec.name));
         }
         for (global, value) in globals {
-            loader.override_global(global, value, false);
+            loader.override_global(global, value, true);
         }
         let mut ebpf = loader.load(bytes).map_err(|source| Error::Object {
             object: name,
@@ -109,6 +134,7 @@ impl Object {
             ebpf,
             pins,
             features,
+            order,
         };
         let (links, stale) = object.swap()?;
         Ok((
@@ -217,7 +243,7 @@ impl Object {
             }
             unpin(&pin)?;
         }
-        let link = sys::link_create(self.program(program)?, dir.as_raw_fd() as u32, attach)
+        let link = sys::link_create(self.program(program)?, dir.as_raw_fd() as u32, attach, 0)
             .map_err(fault)?;
         sys::obj_pin(link.as_fd(), &pin).map_err(fault)
     }
@@ -246,8 +272,9 @@ impl Object {
             }
             unpin(&pin)?;
         }
-        let link =
-            sys::link_create(self.program(program)?, index, direction.tcx()).map_err(fault)?;
+        let flags = self.order.tcx_flags();
+        let link = sys::link_create(self.program(program)?, index, direction.tcx(), flags)
+            .map_err(fault)?;
         sys::obj_pin(link.as_fd(), &pin).map_err(fault)
     }
 
@@ -274,14 +301,10 @@ impl Object {
         };
         let classifier: &mut SchedClassifier = classifier.try_into().map_err(fault)?;
         let handle = TcHandle::new(0, 1);
-        let held = SchedClassifierLink::attached(
-            interface,
-            direction.clsact(),
-            CLSACT_PRIORITY,
-            handle,
-            None,
-        )
-        .map_err(|e| fault(TcError::IoError(e).into()))?;
+        let priority = self.order.clsact_priority();
+        let held =
+            SchedClassifierLink::attached(interface, direction.clsact(), priority, handle, None)
+                .map_err(|e| fault(TcError::IoError(e).into()))?;
         let id = match classifier.attach_to_link(held) {
             Ok(id) => id,
             Err(_) => classifier
@@ -289,7 +312,7 @@ impl Object {
                     interface,
                     direction.clsact(),
                     TcAttachOptions::Netlink(NlOptions {
-                        priority: CLSACT_PRIORITY,
+                        priority,
                         handle,
                         classid: None,
                     }),

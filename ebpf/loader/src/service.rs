@@ -7,12 +7,17 @@ use kun_ebpf_abi::reason::Reason;
 
 use crate::features::{Features, Missing};
 use crate::maps::{ServiceMaps, specs};
-use crate::object::{Adopted, Direction, Object};
+use crate::object::{Adopted, Direction, Object, Order};
 use crate::pins::Pins;
 use crate::sys::{self, Ran, attach_type};
 use crate::{Error, REASONS_MAP};
 
-const OBJECT: &str = "service";
+pub(crate) const OBJECT: &str = "service";
+
+/// The object.
+pub(crate) fn bytes() -> &'static [u8] {
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/service.o"))
+}
 
 const POD: [(&str, Direction); 2] = [
     ("pod_ingress", Direction::Ingress),
@@ -94,12 +99,26 @@ pub struct ServiceDataplane {
 impl ServiceDataplane {
     /// Loads the programs; adopts the maps and links that an earlier agent of this ABI pinned, swapping each link's program.
     pub fn open(config: &ServiceConfig) -> Result<(Self, Adopted), Error> {
-        let bytes = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/service.o"));
         let pins = Pins::open(&config.bpffs_root, OBJECT, config.mount_bpffs)?;
-        let features = Features::probe(OBJECT, bytes)?;
-        let globals = [("HAS_SET_RETVAL", u32::from(features.set_retval))];
-        let (object, adopted) =
-            Object::load(OBJECT, bytes, pins, &specs(config), &globals, features)?;
+        let features = Features::probe()?;
+        let set_retval = u32::from(features.set_retval);
+        let netns = sys::netns_cookie().map_err(|source| Error::Path {
+            path: PathBuf::from("/proc/self/ns/net"),
+            source,
+        })?;
+        let globals = vec![
+            ("HAS_SET_RETVAL", (&set_retval).into()),
+            ("NODE_NETNS", (&netns).into()),
+        ];
+        let (object, adopted) = Object::load(
+            OBJECT,
+            bytes(),
+            pins,
+            &specs(config),
+            globals,
+            features,
+            Order::Last,
+        )?;
         let maps = ServiceMaps::open(&object)?;
         let reasons = object.map(REASONS_MAP)?;
         let cpus = sys::possible_cpus().map_err(|source| Error::Map {

@@ -14,9 +14,13 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
+use kun_ebpf_abi::bandwidth::Limits;
 use kun_ebpf_abi::service::{
     AffinityKey, AffinityValue, Backend, FlowKey, FlowValue, PeerValue, ServiceKey, ServiceValue,
 };
+
+/// asm-generic/socket.h.
+const SO_NETNS_COOKIE: libc::c_int = 71;
 
 const MAP_CREATE: u32 = 0;
 const MAP_LOOKUP_ELEM: u32 = 1;
@@ -45,6 +49,9 @@ pub(crate) mod map_type {
     /// Array of maps.
     pub(crate) const ARRAY_OF_MAPS: u32 = 12;
 }
+
+/// Flag of `BPF_LINK_CREATE` on a tcx hook: before the program that is named, and none is named, so before all.
+pub(crate) const BPF_F_BEFORE: u32 = 1 << 3;
 
 /// Flags of `BPF_MAP_CREATE`.
 pub(crate) mod map_flag {
@@ -105,6 +112,8 @@ unsafe impl Data for AffinityKey {}
 unsafe impl Data for AffinityValue {}
 // SAFETY: as above.
 unsafe impl Data for PeerValue {}
+// SAFETY: as above.
+unsafe impl Data for Limits {}
 
 fn bpf<T>(command: u32, attr: &mut T) -> io::Result<i64> {
     // SAFETY: `attr` is a live structure of the size given; what its pointers refer to outlives the call (callers' duty).
@@ -513,12 +522,13 @@ pub(crate) fn link_create(
     program: BorrowedFd<'_>,
     target: u32,
     attach: u32,
+    flags: u32,
 ) -> io::Result<OwnedFd> {
     let mut attr = LinkCreate {
         prog_fd: program.as_raw_fd() as u32,
         target,
         attach_type: attach,
-        flags: 0,
+        flags,
         order: [0; 4],
     };
     bpf(LINK_CREATE, &mut attr).map(owned)
@@ -635,6 +645,32 @@ pub(crate) fn interface_index(name: &str) -> io::Result<u32> {
         None,
     )?;
     Ok(rustix::net::netdevice::name_to_index(&socket, name)?)
+}
+
+/// The cookie of the calling thread's network namespace, which programs see (Linux 5.14).
+pub(crate) fn netns_cookie() -> io::Result<u64> {
+    let socket = socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to the number.
+    let r = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if r < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(cookie)
 }
 
 /// The MTU of an interface of the calling thread's network namespace. (Not from /sys, which shows the namespace that mounted it.)

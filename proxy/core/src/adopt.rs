@@ -6,6 +6,7 @@
 use kun_ebpf_abi::service::{Scope, ViewKind, state};
 
 use crate::extent::Extent;
+use crate::host_port::is_host_scope;
 use crate::ops::Observed;
 use crate::planner::{Limits, Planner};
 use crate::port::{Held, HeldPort, Published, method};
@@ -28,6 +29,9 @@ impl Planner {
                 external: view(value.external_view),
                 affinity_secs: value.affinity_secs,
             });
+            if is_host_scope(scope(value.scope)) {
+                planner.host_orphans.insert(value.service);
+            }
             planner.holders.insert(*key, value.service);
         }
         for (id, record) in &observed.backends {
@@ -93,7 +97,7 @@ impl Planner {
     /// everything adopted is still an orphan.
     pub(crate) fn hold_adopted(&mut self) {
         self.partial = true;
-        for id in &self.orphans {
+        for id in self.orphans.difference(&self.host_orphans) {
             let Some(port) = &mut self.ports[*id as usize] else {
                 continue;
             };
@@ -166,6 +170,8 @@ fn scope(number: u8) -> Scope {
     match number {
         1 => Scope::External,
         2 => Scope::NodePort,
+        3 => Scope::HostPort,
+        4 => Scope::HostLoopback,
         _ => Scope::Cluster,
     }
 }

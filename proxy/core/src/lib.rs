@@ -11,7 +11,9 @@
 #![forbid(unsafe_code)]
 
 mod adopt;
+mod bandwidth;
 mod extent;
+mod host_port;
 mod ids;
 mod model;
 mod ops;
@@ -22,7 +24,9 @@ mod service;
 mod table;
 mod why;
 
+pub use bandwidth::{Buckets, Full, LimitOp, PodLimits};
 pub use extent::{Extent, Extents};
+pub use host_port::{HostPort, HostPorts, host_port_name};
 pub use model::{Model, Torn};
 pub use ops::{Backend, Observed, Op};
 pub use planner::{Limits, Planner, Problem, Totals};

@@ -1,6 +1,6 @@
 //! The incremental planner: collects deltas, and turns one changed Service after the other into ordered ops.
 //!
-//! Nothing is planned before `Synced`. While the view is partial (`Partial` until `Whole`), what was adopted and is in no readable
+//! Nothing but host ports is planned before `Synced`. While the view is partial (`Partial` until `Whole`), what was adopted and is in no readable
 //! manifest stays: frontends, services, backends; what a manifest says is done all the same. Numbers taken out of use (service ids, backend ids, extents) wait for a grace period before
 //! they are handed out again. Two Services that claim one frontend: the first by namespace and name has it, whatever came first.
 
@@ -13,6 +13,7 @@ use kun_cluster_core::{Delta, EndpointSlice, Event, Kind, Node, Object, ObjectNa
 use kun_ebpf_abi::service::{Scope, ServiceKey, ViewKind};
 
 use crate::extent::{Extent, Extents};
+use crate::host_port::{self, HostPorts, is_attachment};
 use crate::ids::Ids;
 use crate::ops::Op;
 use crate::port::HeldPort;
@@ -126,6 +127,14 @@ pub struct Planner {
     /// Services that want a frontend which another one has.
     pub(crate) losers: BTreeMap<ServiceKey, BTreeSet<ObjectName>>,
     pub(crate) orphans: BTreeSet<u32>,
+    /// Of these, the ones that lead to host ports: attachments explain them, and no manifest.
+    pub(crate) host_orphans: BTreeSet<u32>,
+    /// Host ports by attachment: as many as a node has pods.
+    host_ports: BTreeMap<ObjectName, HostPorts>,
+    /// Every attachment that was there at the start has been told.
+    attachments_known: bool,
+    /// Where host ports are.
+    node_addresses: Vec<IpAddr>,
     pub(crate) service_ids: Ids,
     pub(crate) backend_ids: Ids,
     pub(crate) extents: Extents,
@@ -155,6 +164,10 @@ impl Planner {
             holders: HashMap::default(),
             losers: BTreeMap::new(),
             orphans: BTreeSet::new(),
+            host_orphans: BTreeSet::new(),
+            host_ports: BTreeMap::new(),
+            attachments_known: false,
+            node_addresses: Vec::new(),
             service_ids: Ids::new(limits.services),
             backend_ids: Ids::new(limits.backends),
             extents: Extents::new(limits.slots),
@@ -223,6 +236,86 @@ impl Planner {
         }
     }
 
+    /// An attachment's host ports; `None`: it has none any more. The next steps plan them, or [`Planner::plan_attachment`].
+    pub fn set_host_ports(&mut self, name: ObjectName, ports: Option<HostPorts>) {
+        let before = match ports {
+            Some(ports) => self.host_ports.insert(name.clone(), ports),
+            None => self.host_ports.remove(&name),
+        };
+        if before.as_ref() != self.host_ports.get(&name) {
+            self.dirty.insert(name);
+        }
+    }
+
+    /// The node's addresses, where host ports are.
+    pub fn set_node_addresses(&mut self, addresses: Vec<IpAddr>) {
+        if self.node_addresses != addresses {
+            self.node_addresses = addresses;
+            self.dirty.extend(self.host_ports.keys().cloned());
+        }
+    }
+
+    /// Every attachment that an earlier life served has been told by now: adopted host ports that none of them wants may go.
+    pub fn attachments_known(&mut self) {
+        self.attachments_known = true;
+    }
+
+    /// The ops of one attachment's host ports, out of turn: a pod's ADD waits for them. Each has to be applied before the next call.
+    pub fn plan_attachment(&mut self, name: &ObjectName) -> Vec<Op> {
+        if self.dirty.remove(name) {
+            self.plan_service(name)
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// What keeps an attachment's host ports from being served as asked.
+    pub fn problems_of<'a>(
+        &'a self,
+        name: &ObjectName,
+    ) -> impl Iterator<Item = &'a Problem> + use<'a> {
+        self.problems.get(name).into_iter().flatten()
+    }
+
+    /// Whether host ports wait to be planned, which they are without a synced view too.
+    pub fn host_ports_wait(&self) -> bool {
+        self.dirty.last().is_some_and(is_attachment)
+            || (self.attachments_known && !self.host_orphans.is_empty())
+    }
+
+    /// The next name to plan: without a synced view an attachment's.
+    fn next_dirty(&mut self) -> Option<ObjectName> {
+        if self.synced {
+            return self.dirty.pop_first();
+        }
+        let last = self
+            .dirty
+            .last()
+            .filter(|name| is_attachment(name))?
+            .clone();
+        self.dirty.remove(&last);
+        Some(last)
+    }
+
+    /// The next adopted service id that nobody wants.
+    fn next_orphan(&mut self) -> Option<u32> {
+        let id = if self.attachments_known && !self.host_orphans.is_empty() {
+            *self.host_orphans.first()?
+        } else if self.synced && !self.partial {
+            *self.orphans.first()?
+        } else {
+            return None;
+        };
+        self.disown(id);
+        Some(id)
+    }
+
+    /// The id is no orphan any more; false: it was none.
+    pub(crate) fn disown(&mut self, id: u32) -> bool {
+        self.host_orphans.remove(&id);
+        self.orphans.remove(&id)
+    }
+
     /// Whether the first snapshot is complete.
     pub fn synced(&self) -> bool {
         self.synced
@@ -232,18 +325,13 @@ impl Planner {
     ///
     /// After the last Service of a batch come, one step each: what was adopted and nobody wants, then one [`Op::Grace`].
     pub fn step(&mut self) -> Option<Vec<Op>> {
-        if !self.synced {
-            return None;
-        }
-        while let Some(name) = self.dirty.pop_first() {
+        while let Some(name) = self.next_dirty() {
             let ops = self.plan_service(&name);
             if !ops.is_empty() {
                 return Some(ops);
             }
         }
-        if !self.partial
-            && let Some(id) = self.orphans.pop_first()
-        {
+        if let Some(id) = self.next_orphan() {
             let mut steps = Steps::default();
             self.remove_port(id, &mut steps);
             return Some(steps.ordered());
@@ -339,6 +427,9 @@ impl Planner {
         }
         self.losers.retain(|_, l| !l.is_empty());
         let wanted = match self.services.get(name) {
+            _ if is_attachment(name) => self.host_ports.get(name).map_or_else(Vec::new, |ports| {
+                host_port::desired(name, ports, &self.node_addresses)
+            }),
             Some(service) => {
                 let slices = self.slices.get(name);
                 desired(
@@ -407,8 +498,14 @@ impl Planner {
             .as_ref()
             .and_then(|p| p.key.as_ref())
         else {
-            // Adopted: whoever wants it first may have it; the order of names is kept when others come.
-            return true;
+            // Adopted: whoever wants it first may have it; the order of names is kept when others come. An attachment waits
+            // for what may be a Service's: that one is to be served without a gap.
+            if !is_attachment(name) || self.host_orphans.contains(holder) {
+                return true;
+            }
+            let adopted = ObjectName::new("", "a Service that was adopted");
+            self.lose(name, frontend, adopted);
+            return false;
         };
         match key.service.cmp(name) {
             std::cmp::Ordering::Equal => true,
@@ -422,19 +519,24 @@ impl Planner {
                 true
             }
             std::cmp::Ordering::Less => {
-                let problem = Problem::Taken {
-                    address: ip(frontend.key.addr),
-                    port: frontend.key.port.get(),
-                    holder: key.service.clone(),
-                };
-                self.losers
-                    .entry(frontend.key)
-                    .or_default()
-                    .insert(name.clone());
-                self.problem(name, problem);
+                let holder = key.service.clone();
+                self.lose(name, frontend, holder);
                 false
             }
         }
+    }
+
+    fn lose(&mut self, name: &ObjectName, frontend: &Frontend, holder: ObjectName) {
+        let problem = Problem::Taken {
+            address: ip(frontend.key.addr),
+            port: frontend.key.port.get(),
+            holder,
+        };
+        self.losers
+            .entry(frontend.key)
+            .or_default()
+            .insert(name.clone());
+        self.problem(name, problem);
     }
 
     /// The id that the port has, or one that leads from its frontends, or a fresh one.
@@ -452,7 +554,7 @@ impl Planner {
             let Some(id) = self.holders.get(&frontend.key).copied() else {
                 continue;
             };
-            if self.orphans.remove(&id) {
+            if self.disown(id) {
                 return Some(id);
             }
             // A renamed port keeps its id, and so its flows.
@@ -481,6 +583,10 @@ impl Planner {
         self.services = from.services;
         self.slices = from.slices;
         self.slice = from.slice;
+        self.dirty.extend(from.host_ports.keys().cloned());
+        self.host_ports = from.host_ports;
+        self.node_addresses = from.node_addresses;
+        self.attachments_known = from.attachments_known;
         self.synced = from.synced;
         if from.partial {
             self.hold_adopted();

@@ -92,6 +92,8 @@ impl Planner {
                     Scope::Cluster => "ClusterIP",
                     Scope::External => "LoadBalancer address",
                     Scope::NodePort => "node port",
+                    Scope::HostPort => "host port",
+                    Scope::HostLoopback => "host port for the node itself",
                 },
                 endpoint_text(question.destination, question.port),
             ),

@@ -10,13 +10,16 @@ use kun_cluster::{ObjectName, Protocol};
 use kun_cni::ipam::IpamService;
 use kun_cni::{clock, host_interface_names};
 use kun_config::Config;
-use kun_config::types::SlotClass;
-use kun_control::{Allocation, AttachmentKey, Fact, Request, Response, Status, WhyStep};
+use kun_config::types::{Slot, SlotClass};
+use kun_control::{Allocation, AttachmentKey, Fact, Request, Response, Status, Traffic, WhyStep};
 use kun_proxy_core::{Question, Reason};
 
 use super::announce::Announcer;
+use super::attachments::Attachment;
 use super::cluster::{Blocks, View};
 use super::dataplane::{Message, Report, fact};
+use super::node;
+use super::records::{Record, Records};
 
 /// How long the dataplane may take: it looks at its queue between the changes of a few Services, and a grace period takes 13 ms.
 const DATAPLANE_WITHIN: Duration = Duration::from_secs(10);
@@ -27,6 +30,7 @@ pub(crate) struct Answers {
     pub(crate) config: Config,
     pub(crate) started: Instant,
     pub(crate) ipam: Arc<IpamService>,
+    pub(crate) records: Records,
     pub(crate) view: Arc<View>,
     pub(crate) blocks: Arc<Blocks>,
     pub(crate) dataplane: SyncSender<Message>,
@@ -42,7 +46,13 @@ impl Answers {
             Request::Attached {
                 key,
                 host_interfaces,
-            } => self.attached(key, host_interfaces),
+                traffic,
+            } => self.attached(key, host_interfaces, traffic),
+            Request::Verify {
+                key,
+                host_interfaces,
+                traffic,
+            } => self.verify(key, host_interfaces, traffic),
             Request::Release { key, .. } => self.release(request, key),
             Request::Status => Response::Status {
                 status: self.status(),
@@ -53,9 +63,15 @@ impl Answers {
                 destination,
                 port,
             } => self.why(protocol, *source, *destination, *port),
-            Request::Allocate { .. } | Request::Lookup { .. } | Request::Ipam => {
-                self.ipam.handle(request, clock::now())
-            }
+            Request::Allocate { .. }
+            | Request::Lookup { .. }
+            | Request::Capacity { .. }
+            | Request::Ipam => self.ipam.handle(request, clock::now()),
+            Request::Free {
+                slot,
+                generation,
+                forced,
+            } => self.free(*slot, *generation, *forced),
         }
     }
 
@@ -65,41 +81,97 @@ impl Answers {
     }
 
     /// Only interfaces that are the attachment's own by name are touched: the socket is no way to put programs elsewhere.
-    fn attached(&self, key: &AttachmentKey, interfaces: &[String]) -> Response {
+    fn attachment(
+        &self,
+        key: &AttachmentKey,
+        interfaces: &[String],
+        traffic: &Traffic,
+    ) -> Result<(Box<Attachment>, u64), Response> {
         let lookup = Request::Lookup { key: key.clone() };
         let allocation = match self.ipam.handle(&lookup, clock::now()) {
             Response::Allocation { allocation } => allocation,
             Response::Unknown => {
-                return failed(format!(
+                return Err(failed(format!(
                     "{}/{} has no address here; ADD begins with `allocate`",
                     key.container_id, key.ifname
-                ));
+                )));
             }
-            other => return other,
+            other => return Err(other),
         };
         let own = self.names(&allocation);
         if let Some(foreign) = interfaces.iter().find(|i| !own.contains(i)) {
-            return failed(format!(
+            return Err(failed(format!(
                 "{foreign} is no interface of {}/{}: those are {}",
                 key.container_id,
                 key.ifname,
                 own.join(", ")
-            ));
+            )));
         }
-        let (done, wait) = sync_channel(1);
-        let message = Message::Attach {
-            interfaces: interfaces.to_vec(),
-            done,
-        };
-        if self.dataplane.send(message).is_err() {
-            return failed("the agent is stopping".into());
+        let attachment = Attachment::new(&allocation, interfaces.to_vec(), traffic.clone());
+        Ok((Box::new(attachment), allocation.generation))
+    }
+
+    /// Asks the dataplane's thread.
+    fn ask_dataplane<T>(
+        &self,
+        message: impl FnOnce(SyncSender<T>) -> Message,
+    ) -> Result<T, Response> {
+        let (reply, wait) = sync_channel(1);
+        if self.dataplane.send(message(reply)).is_err() {
+            return Err(failed("the agent is stopping".into()));
         }
-        match wait.recv_timeout(DATAPLANE_WITHIN) {
-            Ok(Ok(())) => Response::Done,
-            Ok(Err(message)) => failed(message),
-            Err(_) => failed(format!(
+        wait.recv_timeout(DATAPLANE_WITHIN).map_err(|_| {
+            failed(format!(
                 "the dataplane did not answer in {DATAPLANE_WITHIN:?}"
-            )),
+            ))
+        })
+    }
+
+    fn attached(&self, key: &AttachmentKey, interfaces: &[String], traffic: &Traffic) -> Response {
+        let (attachment, generation) = match self.attachment(key, interfaces, traffic) {
+            Ok(attachment) => attachment,
+            Err(response) => return response,
+        };
+        match self.ask_dataplane(|done| Message::Attach { attachment, done }) {
+            Ok(Ok(())) => {}
+            Ok(Err(message)) => return failed(message),
+            Err(response) => return response,
+        }
+        // Done, then durable, then told: an ADD that is not told is undone by its plugin or by the runtime's DEL.
+        let kept = if traffic.is_empty() {
+            self.records.remove(key)
+        } else {
+            self.records.put(&Record {
+                key: key.clone(),
+                generation,
+                traffic: traffic.clone(),
+            })
+        };
+        match kept {
+            Ok(()) => Response::Done,
+            Err(error) => failed(error.to_string()),
+        }
+    }
+
+    fn verify(&self, key: &AttachmentKey, interfaces: &[String], traffic: &Traffic) -> Response {
+        let attachment = match self.attachment(key, interfaces, traffic) {
+            Ok((attachment, _)) => attachment,
+            Err(response) => return response,
+        };
+        match self.ask_dataplane(|reply| Message::Verify { attachment, reply }) {
+            Ok(missing) if missing.is_empty() => Response::Done,
+            Ok(missing) => Response::NotAsExpected { missing },
+            Err(response) => response,
+        }
+    }
+
+    /// Whoever has an address is told to the dataplane, which lets go of others: a release may have been somebody's who did not
+    /// ask the agent.
+    pub(crate) fn tell_live(&self) {
+        if let Ok(live) = self.ipam.live(clock::now()) {
+            let keys = live.into_iter().map(|a| a.key).collect();
+            // Full: the thread is busy, and the next look is soon.
+            let _ = self.dataplane.try_send(Message::Live(keys));
         }
     }
 
@@ -113,9 +185,47 @@ impl Answers {
             let interfaces =
                 host_interface_names(key, SlotClass::Dual, self.config.ipam.interfaces);
             // The agent may be stopping; the links go with the interfaces.
-            let _ = self.dataplane.send(Message::Detach { interfaces });
+            let _ = self.dataplane.send(Message::Detach {
+                key: key.clone(),
+                interfaces,
+            });
+            if let Err(error) = self.records.remove(key) {
+                tracing::warn!(%error, "a record that no allocation has any more stays");
+            }
         }
         response
+    }
+
+    /// By hand. What a live pod has is not taken from it, unless the caller says so with the generation that it saw.
+    fn free(&self, slot: Slot, generation: u64, forced: bool) -> Response {
+        let now = clock::now();
+        let live = match self.ipam.live(now) {
+            Ok(live) => live.into_iter().find(|a| a.slot == slot),
+            Err(e) => return failed(e.to_string()),
+        };
+        if let Some(allocation) = &live
+            && !forced
+        {
+            let carrying: Vec<String> = self
+                .names(allocation)
+                .into_iter()
+                .filter(|name| node::interface_index(name).is_some())
+                .collect();
+            if !carrying.is_empty() || allocation.delegated {
+                let what = match allocation.delegated {
+                    true => {
+                        "another plugin made its interfaces, so nobody here knows whether it lives"
+                            .to_owned()
+                    }
+                    false => format!("{} carries it", carrying.join(", ")),
+                };
+                return failed(format!(
+                    "{slot} is pod {}/{}'s, container {}: {what}; delete the pod, or force it",
+                    allocation.pod.namespace, allocation.pod.name, allocation.key.container_id
+                ));
+            }
+        }
+        self.ipam.free(slot, generation, now)
     }
 
     /// The host-side interfaces of an allocation.
@@ -144,23 +254,13 @@ impl Answers {
             destination,
             port,
         };
-        let (reply, wait) = sync_channel(1);
-        if self
-            .dataplane
-            .send(Message::Why { question, reply })
-            .is_err()
-        {
-            return failed("the agent is stopping".into());
-        }
-        match wait.recv_timeout(DATAPLANE_WITHIN) {
+        match self.ask_dataplane(|reply| Message::Why { question, reply }) {
             Ok(reasons) => {
                 let mut steps: Vec<WhyStep> = reasons.into_iter().map(|r| self.step(r)).collect();
                 steps.extend(self.address(destination));
                 Response::Why { steps }
             }
-            Err(_) => failed(format!(
-                "the dataplane did not answer in {DATAPLANE_WITHIN:?}"
-            )),
+            Err(response) => response,
         }
     }
 

@@ -3,7 +3,7 @@
 //! One owner, no lock. Between the changes of a few Services it looks at its queue, so that a pod's ADD never waits for a whole
 //! cold start.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
@@ -13,15 +13,17 @@ use kun_bgp::Datapath;
 use kun_cluster::Event;
 use kun_cni::clock;
 use kun_config::Config;
-use kun_control::Fact;
+use kun_control::{AttachmentKey, Fact};
 use kun_proxy::{EbpfBackend, Proxy};
 use kun_proxy_core::{Problem, Question, Reason};
 use tokio::sync::watch;
 
 use super::announce::Facts;
+use super::attachments::{Attachment, Attachments};
+use super::limits::Limiter;
 use super::metrics::Metrics;
-use super::node;
 use super::translator::Translator;
+use super::{links, node};
 
 /// Messages that may wait. The cluster source then waits too; nothing is lost.
 pub(crate) const QUEUE: usize = 1024;
@@ -47,18 +49,29 @@ const PROBLEMS_NAMED: usize = 8;
 pub(crate) enum Message {
     /// From the cluster source.
     Cluster(Event),
-    /// A pod's host interfaces stand: link the programs, then answer.
+    /// A pod's host interfaces stand: link the programs, hold it to its limits, open its host ports, then answer.
     Attach {
-        /// Their names.
-        interfaces: Vec<String>,
+        /// What is to be done.
+        attachment: Box<Attachment>,
         /// Where the answer goes.
         done: SyncSender<Result<(), String>>,
     },
     /// A pod is gone.
     Detach {
+        /// Whose.
+        key: AttachmentKey,
         /// The names that its interfaces had.
         interfaces: Vec<String>,
     },
+    /// What of an attachment does not stand?
+    Verify {
+        /// What is to be.
+        attachment: Box<Attachment>,
+        /// Where the answer goes.
+        reply: SyncSender<Vec<String>>,
+    },
+    /// The attachments that have an address.
+    Live(BTreeSet<AttachmentKey>),
     /// `kunctl why`.
     Why {
         /// What is asked.
@@ -88,6 +101,8 @@ pub(crate) struct Report {
 pub(crate) struct Dataplane {
     config: Config,
     proxy: Proxy<EbpfBackend>,
+    limiter: Limiter,
+    attachments: Attachments,
     translator: Option<Translator>,
     metrics: Metrics,
     facts: Arc<watch::Sender<Facts>>,
@@ -122,6 +137,7 @@ impl Dataplane {
     pub(crate) fn new(
         config: Config,
         proxy: Proxy<EbpfBackend>,
+        limiter: Limiter,
         translator: Option<Translator>,
         metrics: Metrics,
         facts: Arc<watch::Sender<Facts>>,
@@ -130,6 +146,8 @@ impl Dataplane {
         Self {
             config,
             proxy,
+            limiter,
+            attachments: Attachments::default(),
             translator,
             metrics,
             facts,
@@ -148,6 +166,129 @@ impl Dataplane {
     /// Set once the first synced plan is in the kernel.
     pub(crate) fn programmed(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.programmed)
+    }
+
+    /// Does all that an attachment asks for, or nothing of its limits and host ports. What it had before is replaced.
+    pub(crate) fn attach(&mut self, attachment: &Attachment) -> Result<(), String> {
+        if let Some(refused) = self.attachments.refuses(attachment) {
+            return Err(refused);
+        }
+        let done = self.try_attach(attachment);
+        if done.is_err() {
+            self.let_go(&attachment.key);
+        }
+        done
+    }
+
+    fn try_attach(&mut self, attachment: &Attachment) -> Result<(), String> {
+        let Attachment {
+            key,
+            pod,
+            interfaces,
+            traffic,
+            ..
+        } = attachment;
+        // First: not a packet passes unlimited.
+        self.limiter.put(key, pod, interfaces, &traffic.bandwidth)?;
+        interfaces.iter().try_for_each(|i| self.attach_pod(i))?;
+        let name = attachment.name();
+        let ports = attachment.host_ports();
+        let ports = (!ports.ports.is_empty()).then_some(ports);
+        let served = ports.is_some();
+        self.proxy.set_host_ports(&name, ports).map_err(|e| {
+            format!("host ports of {pod} cannot be programmed: {e}; the agent reads the maps back")
+        })?;
+        if served {
+            self.plan();
+            for problem in self.proxy.planner().problems_of(&name) {
+                match problem {
+                    Problem::Taken { .. } => {
+                        tracing::warn!(pod, "a host port is not served as asked: {problem}");
+                    }
+                    _ => return Err(format!("host ports of {pod}: {problem}")),
+                }
+            }
+        }
+        if traffic.is_empty() {
+            self.attachments.remove(key);
+        } else {
+            self.attachments.insert(attachment.clone());
+        }
+        Ok(())
+    }
+
+    /// Ends an attachment's limits and host ports.
+    fn let_go(&mut self, key: &AttachmentKey) {
+        for dropped in self.limiter.dropped_of(key) {
+            self.metrics.forget(&dropped);
+        }
+        self.limiter.remove(key);
+        let Some(attachment) = self.attachments.remove(key) else {
+            return;
+        };
+        if let Err(error) = self.proxy.set_host_ports(&attachment.name(), None) {
+            tracing::error!(%error, pod = attachment.pod, "its host ports cannot be closed yet; trying again");
+        }
+        self.plan();
+    }
+
+    /// Every live attachment has been told: what else an earlier agent served goes.
+    pub(crate) fn settle(&mut self) {
+        if let Err(error) = self.limiter.settle() {
+            tracing::warn!(%error, "limits of pods that are gone stay");
+        }
+        self.proxy.attachments_known();
+        self.plan();
+    }
+
+    /// Has the thread apply what is planned.
+    fn plan(&mut self) {
+        if self.batch.is_none() {
+            self.batch = Some(Batch {
+                since: Instant::now(),
+                ops: 0,
+                withdrawals: 0,
+            });
+        }
+    }
+
+    /// Tells the planner the node's addresses, where host ports are.
+    pub(crate) fn refresh_addresses(&mut self) {
+        match links::addresses() {
+            Ok(addresses) => {
+                if self.proxy.set_node_addresses(addresses) {
+                    self.plan();
+                }
+            }
+            Err(error) => tracing::warn!(%error, "the node's addresses cannot be read"),
+        }
+    }
+
+    /// What of an attachment does not stand, one line each.
+    fn verify(&self, attachment: &Attachment) -> Vec<String> {
+        let Attachment {
+            key,
+            interfaces,
+            traffic,
+            ..
+        } = attachment;
+        let mut missing: Vec<String> = (interfaces.iter())
+            .filter(|i| self.pods.get(*i).copied() != node::interface_index(i))
+            .map(|i| format!("{i} carries no service programs"))
+            .collect();
+        missing.extend(self.limiter.missing(key, interfaces, &traffic.bandwidth));
+        let held = self.attachments.get(key);
+        for mapping in &traffic.port_mappings {
+            if !held.is_some_and(|h| h.traffic.port_mappings.contains(mapping)) {
+                missing.push(format!("host port {} is not served", mapping.host_port));
+            }
+        }
+        let problems = held.map(|h| h.name());
+        missing.extend(problems.iter().flat_map(|name| {
+            let problems = self.proxy.planner().problems_of(name);
+            problems.map(ToString::to_string)
+        }));
+        missing
     }
 
     /// Links the programs to a pod's host interface, unless it carries them already.
@@ -270,20 +411,29 @@ impl Dataplane {
         match message {
             Message::Cluster(event) => {
                 self.proxy.on_event(&event);
-                if self.proxy.planner().synced() && self.batch.is_none() {
-                    self.batch = Some(Batch {
-                        since: Instant::now(),
-                        ops: 0,
-                        withdrawals: 0,
-                    });
+                if self.proxy.planner().synced() {
+                    self.plan();
                 }
             }
-            Message::Attach { interfaces, done } => {
-                let attached = interfaces.iter().try_for_each(|i| self.attach_pod(i));
+            Message::Attach { attachment, done } => {
+                let attached = self.attach(&attachment);
                 // Whoever asked may have given up.
                 let _ = done.send(attached);
             }
-            Message::Detach { interfaces } => {
+            Message::Verify { attachment, reply } => {
+                let _ = reply.send(self.verify(&attachment));
+            }
+            Message::Live(keys) => {
+                for key in self.attachments.gone(&keys) {
+                    tracing::info!(
+                        ?key,
+                        "released while nobody told: its limits and host ports go"
+                    );
+                    self.let_go(&key);
+                }
+            }
+            Message::Detach { key, interfaces } => {
+                self.let_go(&key);
                 for interface in interfaces {
                     self.pods.remove(&interface);
                     self.detach(&interface);
@@ -346,6 +496,10 @@ impl Dataplane {
         self.last_batch = Some(took);
         self.metrics
             .batch(took.as_secs_f64(), batch.ops, batch.withdrawals);
+        if !self.proxy.planner().synced() {
+            // Host ports alone: the cluster is still to come.
+            return;
+        }
         let totals = self.proxy.planner().totals();
         self.metrics.totals(&totals);
         self.programmed.store(true, Ordering::Release);
@@ -395,6 +549,10 @@ impl Dataplane {
 
     fn tick(&mut self) {
         self.attach_uplinks();
+        self.refresh_addresses();
+        for dropped in self.limiter.dropped() {
+            self.metrics.limited(&dropped);
+        }
         self.metrics.attached(self.pods.len() + self.uplinks.len());
         match self.backend().reasons() {
             Ok(reasons) => self.metrics.drops(&reasons),
@@ -450,6 +608,11 @@ impl Dataplane {
                 !self.uplinks.is_empty(),
             ),
         ];
+        proxy.extend(self.limiter.facts());
+        if self.attachments.ports() > 0 {
+            let count = self.attachments.ports().to_string();
+            proxy.push(fact("host ports", count, true));
+        }
         if self.proxy.planner().partial() {
             proxy.push(fact(
                 "held",

@@ -11,6 +11,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 
+use super::limits::Dropped;
+
 /// From a tenth of a millisecond, one endpoint's change, to 13 s, a cold start on a busy node.
 const SYNC_BUCKETS: usize = 18;
 
@@ -23,6 +25,22 @@ struct ReasonLabel {
 struct SlotLabels {
     class: &'static str,
     state: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PodLabels {
+    /// Namespace and name.
+    pod: String,
+    direction: &'static str,
+}
+
+impl PodLabels {
+    fn of(dropped: &Dropped) -> Self {
+        Self {
+            pod: dropped.pod.clone(),
+            direction: dropped.direction,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -45,6 +63,8 @@ pub(crate) struct Metrics {
     pub(crate) failures: Counter,
     attached: Gauge,
     drops: Family<ReasonLabel, Counter>,
+    limited_packets: Family<PodLabels, Counter>,
+    limited_bytes: Family<PodLabels, Counter>,
     expired: Counter,
     flows: Gauge,
     slots_by_state: Family<SlotLabels, Gauge>,
@@ -74,6 +94,8 @@ impl Metrics {
             failures: Counter::default(),
             attached: Gauge::default(),
             drops: Family::default(),
+            limited_packets: Family::default(),
+            limited_bytes: Family::default(),
             expired: Counter::default(),
             flows: Gauge::default(),
             slots_by_state: Family::default(),
@@ -120,6 +142,16 @@ impl Metrics {
             "kun_proxy_drops",
             "Packets dropped and connects refused, by reason",
             m.drops,
+        );
+        registry.register(
+            "kun_pod_bandwidth_dropped_packets",
+            "Packets beyond a pod's bandwidth limit; a super-packet is one",
+            m.limited_packets,
+        );
+        registry.register(
+            "kun_pod_bandwidth_dropped_bytes",
+            "Their bytes on the wire",
+            m.limited_bytes,
         );
         registry.register(
             "kun_proxy_flows_expired",
@@ -186,6 +218,25 @@ impl Metrics {
             });
             let seen: &AtomicU64 = counter.inner();
             seen.fetch_max(*count, Ordering::Relaxed);
+        }
+    }
+
+    /// What a pod's bucket has dropped, which only grows while the pod lives.
+    pub(crate) fn limited(&self, dropped: &Dropped) {
+        for (family, count) in [
+            (&self.limited_packets, dropped.packets),
+            (&self.limited_bytes, dropped.bytes),
+        ] {
+            let counter = family.get_or_create(&PodLabels::of(dropped));
+            let seen: &AtomicU64 = counter.inner();
+            seen.fetch_max(count, Ordering::Relaxed);
+        }
+    }
+
+    /// The pod is gone.
+    pub(crate) fn forget(&self, dropped: &Dropped) {
+        for family in [&self.limited_packets, &self.limited_bytes] {
+            family.remove(&PodLabels::of(dropped));
         }
     }
 

@@ -10,6 +10,7 @@
 //! Everything in the kernel is pinned: the agent may die at any moment, and the next one adopts. It stops on SIGTERM and SIGINT,
 //! leaving the datapath as it is; only `--cleanup` takes it away.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -34,21 +35,28 @@ use tokio::sync::watch;
 
 mod announce;
 mod answers;
+mod attachments;
 mod cluster;
 mod dataplane;
+mod limits;
+mod links;
 mod lists;
 mod metrics;
 mod node;
+mod records;
 mod routes;
 mod server;
 mod translator;
 
 use announce::{Announcer, Facts};
 use answers::Answers;
+use attachments::Attachment;
 use cluster::{Blocks, View};
 use dataplane::{Dataplane, Message, fact};
+use limits::Limiter;
 use lists::Placed;
 use metrics::Metrics;
+use records::Records;
 use server::{Server, SocketError};
 use translator::Translator;
 
@@ -174,7 +182,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
     })?;
     let ipam = Arc::new(IpamService::open(
         &config.agent.state_dir,
-        &config.ipam,
+        &config,
         clock::boot()?,
         clock::now(),
     )?);
@@ -197,6 +205,8 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         .map_err(system("threads"))?;
     let announcer = start_bgp(&config, &runtime, adopted, &telemetry, facts_seen)?.map(Arc::new);
 
+    kun_cni::keeper::start(Arc::clone(&ipam), config.clone())
+        .map_err(|e| system("the watch over links")(std::io::Error::other(e)))?;
     let view = Arc::new(View::default());
     let blocks = Arc::new(Blocks::new(config.clone(), Arc::clone(&ipam), facts));
     let (queue, messages) = sync_channel(dataplane::QUEUE);
@@ -204,6 +214,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         config: config.clone(),
         started,
         ipam,
+        records: Records::new(&config.agent.state_dir),
         view: Arc::clone(&view),
         blocks: Arc::clone(&blocks),
         dataplane: queue.clone(),
@@ -253,7 +264,9 @@ fn open_dataplane(
     if opened.is_err() && fresh {
         // Nothing stood before, so nothing stays. What is adopted goes on serving.
         let uplinks = node::uplinks(config.node.uplink.as_deref());
-        let removed = EbpfBackend::remove(config).map_err(AgentError::from);
+        let removed = EbpfBackend::remove(config)
+            .and_then(|()| Limiter::remove_all(config))
+            .map_err(AgentError::from);
         if let Err(error) =
             removed.and_then(|()| Translator::remove(config, &uplinks).map_err(AgentError::from))
         {
@@ -302,28 +315,49 @@ fn join_dataplane(
             "adopted what an earlier agent left"
         );
     }
+    let limiter = Limiter::open(config)?;
     let translator = Translator::open(config)?;
     Ok(Opened {
-        dataplane: Dataplane::new(config.clone(), proxy, translator, metrics, facts, adopted),
+        dataplane: Dataplane::new(
+            config.clone(),
+            proxy,
+            limiter,
+            translator,
+            metrics,
+            facts,
+            adopted,
+        ),
         adopted,
         kernel,
     })
 }
 
-/// Puts the programs on the uplinks and on every live pod, also on those that came while no agent ran.
+/// Puts the programs on the uplinks and on every live pod, also on those that came while no agent ran, with the limits and host
+/// ports that their ADD asked for.
 fn reattach(mut dataplane: Dataplane, answers: &Answers) -> Result<Dataplane, AgentError> {
     dataplane.attach_uplinks();
+    dataplane.refresh_addresses();
+    let mut records: BTreeMap<_, _> = (answers.records.all().into_iter())
+        .map(|record| (record.key.clone(), record))
+        .collect();
     for allocation in answers.ipam.live(clock::now())? {
-        for interface in answers.names(&allocation) {
-            // An ADD between its two halves has no interfaces yet, and says so when it has.
-            if node::interface_index(&interface).is_none() {
-                continue;
-            }
-            if let Err(error) = dataplane.attach_pod(&interface) {
-                tracing::error!(%error, "a pod is without service programs");
-            }
+        let record = records.remove(&allocation.key);
+        let traffic = record.filter(|r| r.generation == allocation.generation);
+        let traffic = traffic.map(|r| r.traffic).unwrap_or_default();
+        // An ADD between its two halves has no interfaces yet, and says so when it has.
+        let mut interfaces = answers.names(&allocation);
+        interfaces.retain(|name| node::interface_index(name).is_some());
+        let attachment = Attachment::new(&allocation, interfaces, traffic);
+        if let Err(error) = dataplane.attach(&attachment) {
+            tracing::error!(pod = attachment.pod, %error, "a pod is not served as its ADD asked");
         }
     }
+    for stale in records.keys() {
+        if let Err(error) = answers.records.remove(stale) {
+            tracing::warn!(%error, "a record that no allocation has any more stays");
+        }
+    }
+    dataplane.settle();
     Ok(dataplane)
 }
 
@@ -390,6 +424,7 @@ fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
     if let Err(error) = answers.ipam.tick(now) {
         tracing::warn!(%error, "cooled slots cannot be let go");
     }
+    answers.tell_live();
     answers.blocks.refresh(&answers.view);
     for (name, class) in [("dual", SlotClass::Dual), ("v6-only", SlotClass::V6Only)] {
         if let Ok(counts) = answers.ipam.counts(class, now) {
@@ -445,6 +480,7 @@ pub(crate) fn cleanup(path: &Path, conf_dir: Option<&Path>) -> Result<(), AgentE
     let server = Server::bind(&config.agent.socket)?;
     conf_dir.map(lists::remove).transpose()?;
     EbpfBackend::remove(&config)?;
+    Limiter::remove_all(&config)?;
     Translator::remove(&config, &node::uplinks(config.node.uplink.as_deref()))?;
     routes::set(&std::collections::BTreeSet::new())?;
     drop(server);

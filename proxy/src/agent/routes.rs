@@ -62,13 +62,14 @@ pub(crate) fn set(wanted: &BTreeSet<IpNet>) -> Result<(), RouteError> {
     Ok(())
 }
 
-struct Netlink {
+/// A conversation with the kernel.
+pub(super) struct Netlink {
     socket: Socket,
     sequence: u32,
 }
 
 impl Netlink {
-    fn open() -> Result<Self, RouteError> {
+    pub(super) fn open() -> Result<Self, RouteError> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
@@ -78,7 +79,11 @@ impl Netlink {
         })
     }
 
-    fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> Result<(), RouteError> {
+    pub(super) fn send(
+        &mut self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<(), RouteError> {
         let mut message = NetlinkMessage::from(message);
         self.sequence += 1;
         message.header.sequence_number = self.sequence;
@@ -91,7 +96,7 @@ impl Netlink {
     }
 
     /// Hands every message of the answer to `each`; ends at the acknowledgement, `Done`, or an error, which is returned.
-    fn receive(
+    pub(super) fn receive(
         &mut self,
         mut each: impl FnMut(RouteNetlinkMessage),
     ) -> Result<Result<(), io::Error>, RouteError> {

@@ -1,5 +1,8 @@
 //! A node with one agent, pods attached by `kun-cni`, servers that answer their name, and clients that ask.
 
+// Each test binary uses its part.
+#![allow(dead_code)]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
@@ -391,15 +394,20 @@ impl Node {
 
     /// A pod, attached by executing the plugin as a container runtime does.
     pub(crate) fn pod(&self, name: &str) -> Pod {
-        let netns = Netns::new(&format!("p-{name}")).unwrap();
-        netns.exec("link set lo up").unwrap();
+        self.try_pod(name, &json!({}))
+            .unwrap_or_else(|e| panic!("{e}\n{}", self.log()))
+    }
+
+    /// Executes the plugin for a container; what it says, and whether it is content.
+    fn cni(&self, verb: &str, name: &str, netns: &Netns, runtime: &Value) -> (bool, String) {
         let network = json!({
             "cniVersion": "1.1.0", "name": "kun", "type": "kun-cni", "kunConfig": self.path("kun.yaml"),
+            "runtimeConfig": runtime,
         });
         let mut command = Command::new(plugin());
         command
             .env_clear()
-            .env("CNI_COMMAND", "ADD")
+            .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", format!("container-{name}"))
             .env("CNI_NETNS", netns.path())
             .env("CNI_IFNAME", "eth0")
@@ -418,13 +426,24 @@ impl Node {
             drop(input);
             child.wait_with_output().unwrap()
         });
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(
-            output.status.success(),
-            "kun-cni ADD: {said} {}\n{}",
-            String::from_utf8_lossy(&output.stderr),
-            self.log()
-        );
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        (output.status.success(), said)
+    }
+
+    /// Detaches a pod as a container runtime does.
+    pub(crate) fn remove(&self, pod: Pod) {
+        let (done, said) = self.cni("DEL", &pod.name, &pod.netns, &json!({}));
+        assert!(done, "kun-cni DEL: {said}\n{}", self.log());
+    }
+
+    /// [`Node::pod`], with the runtime's `runtimeConfig`; an ADD that fails says why.
+    pub(crate) fn try_pod(&self, name: &str, runtime: &Value) -> Result<Pod, String> {
+        let netns = Netns::new(&format!("p-{name}")).unwrap();
+        netns.exec("link set lo up").unwrap();
+        let (done, said) = self.cni("ADD", name, &netns, runtime);
+        if !done {
+            return Err(said);
+        }
         let result: Value = serde_json::from_str(&said).unwrap();
         let addresses: Vec<IpAddr> = result["ips"]
             .as_array()
@@ -441,17 +460,24 @@ impl Node {
             IpAddr::V6(a) => Some(*a),
             IpAddr::V4(_) => None,
         });
-        Pod {
+        Ok(Pod {
             name: name.to_owned(),
             netns,
             v4: v4.expect("a dual pod has IPv4"),
             v6: v6.expect("every pod has IPv6"),
-        }
+        })
     }
 
     /// A pod that answers its name on TCP 8080 and UDP 5353, in both families.
     pub(crate) fn server(&self, name: &str) -> Pod {
-        let pod = self.pod(name);
+        self.server_with(name, &json!({}))
+    }
+
+    /// [`Node::server`], with the runtime's `runtimeConfig`.
+    pub(crate) fn server_with(&self, name: &str, runtime: &Value) -> Pod {
+        let pod = self
+            .try_pod(name, runtime)
+            .unwrap_or_else(|e| panic!("{e}\n{}", self.log()));
         for any in [
             IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             Ipv6Addr::UNSPECIFIED.into(),
@@ -543,7 +569,7 @@ pub(crate) fn names_over_tcp(from: &Netns, to: SocketAddr, count: usize) -> Vec<
 }
 
 /// A connected UDP socket in a pod: it takes answers from `to` alone.
-fn flow(from: &Netns, to: SocketAddr) -> io::Result<UdpSocket> {
+pub(crate) fn flow(from: &Netns, to: SocketAddr) -> io::Result<UdpSocket> {
     from.run(|| {
         let any: IpAddr = match to {
             SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),

@@ -76,13 +76,17 @@ impl Success {
         let interfaces: Vec<Value> = self.interfaces.iter().map(|i| i.json(version)).collect();
         let ips: Vec<Value> = self.ips.iter().map(|ip| ip.json(version)).collect();
         let routes: Vec<Value> = self.routes.iter().map(|r| r.json(version)).collect();
-        json!({
+        let mut json = json!({
             "cniVersion": version.as_str(),
-            "interfaces": interfaces,
             "ips": ips,
             "routes": routes,
             "dns": self.dns,
-        })
+        });
+        // An IPAM plugin's result must not have the key (§4).
+        if !interfaces.is_empty() {
+            json["interfaces"] = interfaces.into();
+        }
+        json
     }
 
     /// Of a `prevResult`. Every version from 0.3.0 on is a subset of the newest, so that one reader reads all.
@@ -129,6 +133,11 @@ impl Success {
 impl Interface {
     fn json(&self, version: Version) -> Value {
         let mut map = self.rest.clone();
+        if version < Version::V1_1_0 {
+            // They came with `mtu`.
+            map.remove("socketPath");
+            map.remove("pciID");
+        }
         map.insert("name".into(), self.name.clone().into());
         if let Some(mac) = &self.mac {
             map.insert("mac".into(), mac.clone().into());
@@ -361,6 +370,33 @@ mod tests {
                 "dns": {},
             })
         );
+    }
+
+    #[test]
+    fn what_came_with_1_1_0_is_told_from_then_on_and_passed_through() {
+        let newest = json!({
+            "cniVersion": "1.1.0",
+            "interfaces": [
+                {"name": "net1", "mtu": 1400, "socketPath": "/run/vhost", "pciID": "0000:00:1f.6", "other": 1},
+            ],
+            "ips": [],
+            "routes": [
+                {"dst": "::/0", "mtu": 1400, "advmss": 1340, "priority": 10, "table": 100, "scope": 0},
+            ],
+            "dns": {},
+        });
+        let read = Success::parse(&newest).unwrap();
+        assert_eq!(read.to_json(Version::V1_1_0), newest);
+        for version in [
+            Version::V0_3_0,
+            Version::V0_3_1,
+            Version::V0_4_0,
+            Version::V1_0_0,
+        ] {
+            let told = read.to_json(version);
+            assert_eq!(told["interfaces"], json!([{"name": "net1", "other": 1}]));
+            assert_eq!(told["routes"], json!([{"dst": "::/0"}]));
+        }
     }
 
     #[test]

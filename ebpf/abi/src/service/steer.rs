@@ -94,7 +94,8 @@ pub fn from_pod<P: Packet, M: Maps>(packet: &mut P, maps: &mut M) -> Verdict {
         return answer(packet, maps, &headers);
     }
     match maps.service(&service_key(&headers.tuple)).copied() {
-        Some(service) => forward(
+        // A pod's loopback address is its own, and on a wire it is nobody's.
+        Some(service) if service.scope != Scope::HostLoopback as u8 => forward(
             packet,
             maps,
             &headers,
@@ -102,7 +103,7 @@ pub fn from_pod<P: Packet, M: Maps>(packet: &mut P, maps: &mut M) -> Verdict {
             service.internal_view,
             true,
         ),
-        None => Verdict::Pass,
+        _ => Verdict::Pass,
     }
 }
 
@@ -116,14 +117,19 @@ pub fn from_uplink<P: Packet, M: Maps>(packet: &mut P, maps: &mut M) -> Verdict 
     };
     match maps.service(&service_key(&headers.tuple)).copied() {
         // A ClusterIP is for the cluster's own: nobody outside has a route that leads it here rightfully.
-        Some(service) if service.scope != Scope::Cluster as u8 => forward(
-            packet,
-            maps,
-            &headers,
-            &service,
-            service.external_view,
-            false,
-        ),
+        Some(service)
+            if service.scope != Scope::Cluster as u8
+                && service.scope != Scope::HostLoopback as u8 =>
+        {
+            forward(
+                packet,
+                maps,
+                &headers,
+                &service,
+                service.external_view,
+                false,
+            )
+        }
         _ => Verdict::Pass,
     }
 }

@@ -15,7 +15,7 @@ use aya_ebpf::programs::SockAddrContext;
 use kun_ebpf_abi::service::packet::TCP;
 use kun_ebpf_abi::service::select::netns_client;
 use kun_ebpf_abi::service::steer::{Connect, Maps, connect};
-use kun_ebpf_abi::service::{PeerValue, ServiceKey};
+use kun_ebpf_abi::service::{PeerValue, Scope, ServiceKey};
 use kun_ebpf_abi::{Addr, Port};
 
 use crate::maps::{Kernel, OPTED_OUT, PEERS};
@@ -24,6 +24,10 @@ use crate::maps::{Kernel, OPTED_OUT, PEERS};
 /// stack answers with a reset: ECONNREFUSED as well, a moment later.
 #[unsafe(no_mangle)]
 static HAS_SET_RETVAL: Global<u32> = Global::new(1);
+
+/// Cookie of the node's network namespace: there, and nowhere else, its loopback address is the node's.
+#[unsafe(no_mangle)]
+static NODE_NETNS: Global<u64> = Global::new(0);
 
 /// How deep below the root of the cgroup tree an opted-out cgroup can be: kubelet's are at 3 to 5.
 const OPT_OUT_DEPTH: i32 = 8;
@@ -146,6 +150,13 @@ fn serve<F: Family>(ctx: &SockAddrContext) -> i32 {
     };
     if opted_out() {
         return ALLOW;
+    }
+    if service.scope == Scope::HostLoopback as u8 {
+        // SAFETY: the context is the program's own.
+        let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+        if netns != NODE_NETNS.load() {
+            return ALLOW;
+        }
     }
     let mut client = Addr([0; 4]);
     if service.affinity_secs != 0 {
