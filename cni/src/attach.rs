@@ -16,8 +16,7 @@ use kun_control::{
 use crate::addresses::{self, key, release, unexpected};
 use crate::allocator::Allocator;
 use crate::ipam::core_key;
-use crate::kernel::{self, Kernel, KernelError};
-use crate::netlink::Rtnl;
+use crate::kernel::{self, Kernel};
 use crate::netns::Netns;
 
 pub(crate) fn add(
@@ -184,6 +183,7 @@ fn give_up(
     config: &Config,
 ) -> Vec<String> {
     let failed: Vec<String> = kernel::revert(undo, &core_key(key))
+        .failed
         .iter()
         .map(ToString::to_string)
         .collect();
@@ -199,17 +199,10 @@ fn give_up(
 
 pub(crate) fn del(key: &AttachmentKey, config: &Config) -> Result<(), Failure> {
     let core = core_key(key);
-    let mut rtnl = Rtnl::open().map_err(KernelError::from)?;
-    let mut generation = None;
-    let mut failed = Vec::new();
-    for Undo::RemoveLink { host } in plan::del(&core) {
-        match kernel::remove_link(&mut rtnl, &host, &core) {
-            Ok(found) => generation = found.or(generation),
-            Err(e) => failed.push(e.to_string()),
-        }
-    }
+    let removed = kernel::revert(&plan::del(&core), &core);
+    let failed: Vec<String> = removed.failed.iter().map(ToString::to_string).collect();
     match failed.split_first() {
-        None => release(key, generation, config),
+        None => release(key, removed.generation, config),
         // An interface may still carry the address: the slot stays allocated.
         Some((first, more)) => Err(Failure::new(Code::Kernel, first).also(more)),
     }

@@ -133,53 +133,84 @@ pub fn apply_on_node(rtnl: &mut Rtnl, ops: &[Op]) -> Result<(), KernelError> {
     Applier::new(rtnl, None).run(ops)
 }
 
-/// Undoes in reverse order; carries on past failures and gives all of them.
-pub fn revert(undo: &[Undo], key: &Key) -> Vec<KernelError> {
-    let mut rtnl = match Rtnl::open() {
-        Ok(rtnl) => rtnl,
-        Err(e) => return vec![e.into()],
-    };
-    undo.iter()
-        .rev()
-        .filter_map(|step| {
-            let Undo::RemoveLink { host } = step;
-            remove_link(&mut rtnl, host, key).err()
-        })
-        .collect()
+/// What was removed, and what could not be.
+#[derive(Debug, Default)]
+pub struct Removed {
+    /// The generation that the interfaces were tagged with.
+    pub generation: Option<u64>,
+    /// What stays, and why.
+    pub failed: Vec<KernelError>,
 }
 
-/// Removes a host-side interface of ours; gives the generation that it was tagged with. Gone already is fine.
-pub fn remove_link(rtnl: &mut Rtnl, name: &str, key: &Key) -> Result<Option<u64>, KernelError> {
-    let Some(link) = rtnl.link(name)? else {
-        return Ok(None);
+/// Undoes the steps, all interfaces at once; gone already is fine.
+pub fn revert(undo: &[Undo], key: &Key) -> Removed {
+    let mut rtnl = match Rtnl::open() {
+        Ok(rtnl) => rtnl,
+        Err(e) => {
+            return Removed {
+                generation: None,
+                failed: vec![e.into()],
+            };
+        }
     };
-    let generation = match &link.alias {
-        // A crash between making and tagging it; the name alone is enough.
-        None => None,
-        Some(alias) => match generation_in(alias, key) {
-            Some(generation) => Some(generation),
-            None => {
-                return Err(KernelError::Foreign {
-                    ifname: name.to_owned(),
+    let names: Vec<&str> = undo
+        .iter()
+        .rev()
+        .map(|Undo::RemoveLink { host }| host.as_str())
+        .collect();
+    let mut removed = Removed::default();
+    if let Err(e) = remove_links(&mut rtnl, &names, key, &mut removed) {
+        removed.failed.push(e);
+    }
+    removed
+}
+
+/// Interfaces of a group of this number and up are being removed: whoever is put there goes, so that it does no harm should two
+/// processes of two PID namespaces use one number.
+const GOING: u32 = 0x6b00_0000;
+
+fn remove_links(
+    rtnl: &mut Rtnl,
+    names: &[&str],
+    key: &Key,
+    removed: &mut Removed,
+) -> Result<(), KernelError> {
+    let group = GOING | std::process::id();
+    let queries: Vec<Query> = names.iter().map(|name| Query::link(name)).collect();
+    let mut ours = Vec::new();
+    for (name, found) in names.iter().zip(rtnl.batch(&queries)?) {
+        let Ok(Some(link)) = found else { continue };
+        match &link.alias {
+            // A crash between making and tagging it; the name alone is enough.
+            None => ours.push(Query::group(link.index, group)),
+            Some(alias) => match generation_in(alias, key) {
+                Some(generation) => {
+                    removed.generation = Some(generation);
+                    ours.push(Query::group(link.index, group));
+                }
+                None => removed.failed.push(KernelError::Foreign {
+                    ifname: (*name).to_owned(),
                     alias: alias.clone(),
-                });
-            }
-        },
-    };
-    for verdict in rtnl.batch(&[Query::remove_link(link.index)])? {
+                }),
+            },
+        }
+    }
+    if ours.is_empty() {
+        return Ok(());
+    }
+    ours.push(Query::remove_group(group));
+    for verdict in rtnl.batch(&ours)? {
         match verdict {
             // The pod's namespace went away in between, and its interfaces with it.
             Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => {}
-            Err(source) => {
-                return Err(KernelError::Refused {
-                    op: format!("remove {name}"),
-                    source,
-                });
-            }
+            Err(source) => removed.failed.push(KernelError::Refused {
+                op: format!("remove {}", names.join(", ")),
+                source,
+            }),
             Ok(_) => {}
         }
     }
-    Ok(generation)
+    Ok(())
 }
 
 /// The MTU for pods: the named uplink's, else that of the interface with the default route, else Ethernet's.

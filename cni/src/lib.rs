@@ -12,6 +12,7 @@ pub mod clock;
 mod delegate;
 pub mod disk;
 pub mod ipam;
+pub mod keeper;
 pub mod kernel;
 pub mod netlink;
 pub mod netns;

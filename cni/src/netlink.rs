@@ -35,6 +35,12 @@ const DATAGRAM: usize = 32 << 10;
 /// The kernel answers at once, unless somebody holds its one big network lock.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
+/// linux/rtnetlink.h
+const RTNLGRP_LINK: u32 = 1;
+
+/// Bytes of messages that may wait for a listener.
+const LISTENING_BUFFER: i32 = 4 << 20;
+
 /// `IFLA_INET_CONF` (linux/ip.h).
 const IFLA_INET_CONF: u16 = 1;
 
@@ -91,6 +97,15 @@ struct Ipv6Conf {
     proxy_ndp: bool,
 }
 
+/// What a link message tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkChange {
+    /// It is, or became, so.
+    Now(Link),
+    /// The interface of this index is gone.
+    Gone(u32),
+}
+
 /// The socket.
 #[derive(Debug)]
 pub struct Rtnl {
@@ -116,6 +131,30 @@ impl Rtnl {
             sequence: 0,
             datagram: Vec::with_capacity(DATAGRAM),
         })
+    }
+
+    /// A socket that hears of every change of a link.
+    pub fn listen_to_links() -> Result<Self, NetlinkError> {
+        let rtnl = Self::open()?;
+        rtnl.socket.add_membership(RTNLGRP_LINK)?;
+        // A burst of 2,500 pods is told in some kilobytes each.
+        rtnl.socket.set_rx_buf_sz(LISTENING_BUFFER)?;
+        Ok(rtnl)
+    }
+
+    /// The next changes; waits for them. Fails when messages were lost.
+    pub fn link_changes(&mut self) -> Result<Vec<LinkChange>, NetlinkError> {
+        let mut changes = Vec::new();
+        self.receive(|_, payload| match payload {
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
+                changes.push(LinkChange::Now(Link::of(&link)));
+            }
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link)) => {
+                changes.push(LinkChange::Gone(link.header.index));
+            }
+            _ => {}
+        })?;
+        Ok(changes)
     }
 
     /// Sends all requests at once; gives the kernel's verdict on each, in order, with the interface for those that ask for one.
@@ -456,10 +495,23 @@ impl Query {
         }
     }
 
-    /// Removes the interface, and with it its peer, addresses, routes and neighbours.
-    pub fn remove_link(index: u32) -> Self {
+    /// Puts the interface into a group.
+    pub fn group(index: u32, group: u32) -> Self {
         let mut message = LinkMessage::default();
         message.header.index = index;
+        message.attributes.push(LinkAttribute::Group(group));
+        Self {
+            message: RouteNetlinkMessage::SetLink(message),
+            flags: 0,
+            asks: false,
+        }
+    }
+
+    /// Removes the interfaces of a group, and with them their peers, addresses, routes and neighbours. All at once: most of the
+    /// time is spent waiting until no processor looks at them any more.
+    pub fn remove_group(group: u32) -> Self {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::Group(group));
         Self {
             message: RouteNetlinkMessage::DelLink(message),
             flags: 0,

@@ -5,8 +5,9 @@
 mod node;
 
 use std::process::Command;
+use std::time::Duration;
 
-use kun_harness::require_root;
+use kun_harness::{require_root, wait_for};
 use node::{Node, Pod, address};
 
 /// One echo each way, at once: the very first packet must arrive.
@@ -166,4 +167,66 @@ fn check_names_what_is_missing() {
     node.del(&pod).unwrap();
     let error = node.check(&pod, &result).unwrap_err();
     assert_eq!(error["code"], 3, "{error}");
+}
+
+/// The kernel drops a node's routes with an interface that goes down, and brings none back.
+#[test]
+fn routes_survive_flaps_of_either_end() {
+    if !require_root() {
+        return;
+    }
+    for interfaces in ["split", "shared"] {
+        let node = Node::new(interfaces);
+        node_addresses(&node);
+        let pod = Pod::new("c1", true);
+        let mut network = pod.network(&node);
+        network["runtimeConfig"]["mac"] = "02:00:00:00:be:ef".into();
+        let result = node.verb("ADD", &pod, &network).unwrap().unwrap();
+        let (v6, v4) = (
+            address(&result, true).unwrap(),
+            address(&result, false).unwrap(),
+        );
+        let ipam = std::sync::Arc::new(node.service());
+        let config = node.parsed();
+        node.netns
+            .run(|| kun_cni::keeper::start(ipam, config))
+            .unwrap();
+        let hosts: Vec<String> = result["interfaces"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|i| i.get("sandbox").is_none())
+            .map(|i| i["name"].as_str().unwrap().to_owned())
+            .collect();
+        let routes =
+            || node.netns.exec("-4 route").unwrap() + &node.netns.exec("-6 route").unwrap();
+        let complete = |routes: &str| {
+            [&v4, &v6]
+                .iter()
+                .all(|address| routes.contains(&format!("{address} dev kun")))
+        };
+        for _ in 0..3 {
+            for host in &hosts {
+                node.netns.exec(&format!("link set {host} down")).unwrap();
+                node.netns.exec(&format!("link set {host} up")).unwrap();
+            }
+            wait_for("the routes", Duration::from_secs(10), || {
+                complete(&routes()).then_some(())
+            })
+            .unwrap();
+            first_ping(&node.netns, &v6);
+            first_ping(&node.netns, &v4);
+            first_ping(&pod.netns, "2001:db8::7");
+            first_ping(&pod.netns, "192.0.2.7");
+        }
+        // The other end takes only the carrier away: nothing is lost on the node.
+        for round in 0..3 {
+            for ifname in ["eth0", "eth1"].iter().take(hosts.len()) {
+                pod.netns.exec(&format!("link set {ifname} down")).unwrap();
+                let left = routes();
+                assert!(complete(&left), "{round}: {left}");
+                pod.netns.exec(&format!("link set {ifname} up")).unwrap();
+            }
+        }
+    }
 }

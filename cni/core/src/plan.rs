@@ -365,7 +365,7 @@ impl Facts {
                     (Carries::V6 | Carries::Both, Some(mac)) => mac,
                     (Carries::V4, _) | (_, None) => mac(&self.key, carries, "pod"),
                 },
-                alias: alias(&self.key, self.generation),
+                alias: tag(&self.key, self.generation, self.mac),
                 addresses: match carries {
                     Carries::V6 => vec![v6],
                     Carries::V4 => v4.into_iter().collect(),
@@ -422,12 +422,11 @@ pub fn add(facts: &Facts) -> Vec<Op> {
     ops
 }
 
-/// What a link's going down takes away on the node. Neighbours are left to be found: who asks does not know whether the pod
-/// chose its hardware address.
-pub fn restore(facts: &Facts) -> Vec<Op> {
-    let mut ops: Vec<Op> = facts.pairs().iter().flat_map(reach).collect();
-    ops.retain(|op| !matches!(op, Op::Neighbour { .. }));
-    ops
+/// What the going down of this host-side interface takes away.
+pub fn restore(facts: &Facts, host: &str) -> Vec<Op> {
+    let pairs = facts.pairs();
+    let of_host = pairs.iter().filter(|pair| pair.host == host);
+    of_host.flat_map(reach).collect()
 }
 
 /// DEL's part in the kernel: by name, whatever of ADD was reached.
@@ -486,8 +485,17 @@ pub fn result(facts: &Facts, netns: &str) -> Success {
 
 /// The host side's ifalias. The generation stands before the key, so that a long key cannot cut it off.
 pub fn alias(key: &Key, generation: u64) -> String {
+    tag(key, generation, None)
+}
+
+/// With the pod's hardware address where that was asked for: whoever restores a neighbour entry cannot compute it.
+fn tag(key: &Key, generation: u64, mac: Option<Mac>) -> String {
+    let mac = mac.map_or_else(String::new, |mac| {
+        let bytes = mac.0.map(|byte| format!("{byte:02x}"));
+        format!(",{}", bytes.concat())
+    });
     let mut alias = format!(
-        "kun:{generation}:{}/{}/{}",
+        "kun:{generation}{mac}:{}/{}/{}",
         key.network, key.container_id, key.ifname
     );
     // Every part is ASCII by the specification's rule.
@@ -495,23 +503,41 @@ pub fn alias(key: &Key, generation: u64) -> String {
     alias
 }
 
+/// Generation, hardware address, and the text of the key.
+fn parts(text: &str) -> Option<(u64, Option<Mac>, &str)> {
+    let (head, key) = text.strip_prefix("kun:")?.split_once(':')?;
+    let (generation, mac) = match head.split_once(',') {
+        None => (head, None),
+        Some((generation, digits)) => {
+            let number = u64::from_str_radix(digits, 16).ok()?;
+            let [_, _, bytes @ ..] = number.to_be_bytes();
+            (generation, Some(Mac(bytes)))
+        }
+    };
+    Some((generation.parse().ok()?, mac, key))
+}
+
 /// The generation in an ifalias, if it is this key's.
 pub fn generation_in(text: &str, key: &Key) -> Option<u64> {
-    let generation = text.strip_prefix("kun:")?.split(':').next()?.parse().ok()?;
-    (alias(key, generation) == text).then_some(generation)
+    let (generation, mac, _) = parts(text)?;
+    (tag(key, generation, mac) == text).then_some(generation)
 }
 
 /// The key in an ifalias of ours. `None` for one that was cut off: its interface goes with its container's DEL.
 pub fn key_in(text: &str) -> Option<Key> {
-    let (generation, parts) = text.strip_prefix("kun:")?.split_once(':')?;
-    let generation: u64 = generation.parse().ok()?;
-    let mut parts = parts.split('/');
+    let (generation, mac, key) = parts(text)?;
+    let mut parts = key.split('/');
     let key = Key {
         network: parts.next()?.to_owned(),
         container_id: parts.next()?.to_owned(),
         ifname: parts.next()?.to_owned(),
     };
-    (text.len() < MAX_ALIAS && alias(&key, generation) == text).then_some(key)
+    (text.len() < MAX_ALIAS && tag(&key, generation, mac) == text).then_some(key)
+}
+
+/// The hardware address in an ifalias, where the pod asked for one.
+pub fn mac_in(text: &str) -> Option<Mac> {
+    parts(text)?.1
 }
 
 /// The host side's settings, neighbours and routes to the pod.
@@ -833,6 +859,12 @@ mod tests {
         ] {
             assert_eq!(key_in(foreign), None, "{foreign}");
         }
+        let mac = Mac([2, 0, 0, 0, 0xbe, 0xef]);
+        let text = tag(&key, 7, Some(mac));
+        assert_eq!(text, "kun:7,02000000beef:kun/c1/eth0");
+        assert_eq!(generation_in(&text, &key), Some(7));
+        assert_eq!(key_in(&text), Some(key.clone()));
+        assert_eq!((mac_in(&text), mac_in(&alias(&key, 7))), (Some(mac), None));
         key.container_id = "c".repeat(400);
         assert_eq!(alias(&key, 7).len(), MAX_ALIAS);
         assert_eq!(generation_in(&alias(&key, 7), &key), Some(7));

@@ -197,6 +197,8 @@ pub(crate) fn run(path: &Path) -> Result<(), AgentError> {
         .map_err(system("threads"))?;
     let announcer = start_bgp(&config, &runtime, adopted, &telemetry, facts_seen)?.map(Arc::new);
 
+    kun_cni::keeper::start(Arc::clone(&ipam), config.clone())
+        .map_err(|e| system("the watch over links")(std::io::Error::other(e)))?;
     let view = Arc::new(View::default());
     let blocks = Arc::new(Blocks::new(config.clone(), Arc::clone(&ipam), facts));
     let (queue, messages) = sync_channel(dataplane::QUEUE);
