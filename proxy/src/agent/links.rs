@@ -126,6 +126,7 @@ mod tests {
             return;
         }
         let netns = Netns::new("queue").unwrap();
+        assert!(!netns.run(|| queue(1, "no-such-queue")).unwrap());
         for _ in 0..2 {
             assert!(netns.run(|| queue(1, "pfifo")).unwrap());
         }
@@ -133,7 +134,6 @@ mod tests {
         show.args(["qdisc", "show", "dev", "lo"]);
         let shown = String::from_utf8(netns.output(show).unwrap().stdout).unwrap();
         assert!(shown.contains("qdisc pfifo 6b: root"), "{shown}");
-        assert!(!netns.run(|| queue(1, "no-such-queue")).unwrap());
         assert!(netns.run(|| queue(12345, "pfifo")).is_err());
     }
 }
