@@ -265,7 +265,10 @@ fn programs(plane: &mut ServiceDataplane, how: &Measure) -> Result<Vec<Row>> {
 fn limits(how: &Measure) -> Result<Vec<Row>> {
     let bpffs = BpfFs::new()?;
     let (mut plane, _) = BandwidthDataplane::open(bpffs.path(), false)?;
-    let packet = udp((Addr::v4([192, 0, 2, 5]), 40000), (Addr::v4([192, 0, 2, 9]), 53));
+    let packet = udp(
+        (Addr::v4([192, 0, 2, 5]), 40000),
+        (Addr::v4([192, 0, 2, 9]), 53),
+    );
     // Test runs pass the loopback interface, which has index 1.
     plane.limit(
         1,
