@@ -76,6 +76,7 @@ fn a_host_port_is_served_to_everybody_who_may() {
             "a pod's {address} is its own"
         );
     }
+    drop(inside);
     assert!(
         refused(&node.fabric, at(NODE4, TCP + 1)),
         "another port is the node's own"

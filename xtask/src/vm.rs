@@ -42,6 +42,13 @@ const EBPF_TESTS: &[(&str, &[&str])] = &[
     ("nat64_cases", &[]),
     ("live", &["udp_between_pods_to_oneself_and_from_outside"]),
     ("nat64_live", &["udp_crosses_both_ways"]),
+    (
+        "bandwidth",
+        &[
+            "a_bucket_outlives_the_agent_that_filled_it",
+            "packets_wait_for_their_time",
+        ],
+    ),
 ];
 /// Generated cases of each property there: the thousands run on the machine itself.
 const EBPF_CASES: u32 = 100;
@@ -186,7 +193,7 @@ pub(crate) fn ebpf_tests(kernel: Kernel) -> Result<u32> {
         &script,
     ]
     .map(str::to_owned);
-    let modules = ["veth", "cls_bpf", "sch_ingress"].map(str::to_owned);
+    let modules = ["veth", "cls_bpf", "sch_ingress", "sch_fq"].map(str::to_owned);
     let run = Run {
         kernel,
         count_instructions: false,

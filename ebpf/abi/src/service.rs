@@ -169,7 +169,7 @@ pub mod flow {
     pub const FORWARD: u8 = 0;
     /// Backend to client: the value's address is the frontend's.
     pub const REVERSE: u8 = 1;
-    /// Backend to itself as its client, whom it sees under the gateway's address: the value's address is the frontend's.
+    /// Backend to itself as its client, whom it sees under the hairpin address: the value's address is the frontend's.
     pub const HAIRPIN: u8 = 2;
 }
 

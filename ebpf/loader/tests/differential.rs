@@ -163,7 +163,7 @@ fn ends(v6: bool) -> Vec<End> {
     let mut all = vec![
         (f.client, 40000),
         (f.stranger, 40001),
-        (f.gateway, 40000),
+        (f.hairpin, 40000),
         (f.client, 8080),
     ];
     all.extend(f.backends.map(|b| (b, 8080)));

@@ -3,7 +3,7 @@
 mod rig;
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use kun_ebpf_abi::service::{Scope, ViewKind, state};
@@ -18,6 +18,8 @@ struct Plan {
     pods: [IpAddr; 2],
     vip: IpAddr,
     gateway: IpAddr,
+    /// Whom a pod sees that talks to itself.
+    hairpin: IpAddr,
     host: u8,
 }
 
@@ -29,6 +31,7 @@ fn plans() -> [Plan; 2] {
             pods: [ip("10.0.0.1"), ip("10.0.0.2")],
             vip: ip("10.96.0.10"),
             gateway: ip("169.254.1.1"),
+            hairpin: ip("169.254.1.1"),
             host: 32,
         },
         Plan {
@@ -37,6 +40,7 @@ fn plans() -> [Plan; 2] {
             pods: [ip("fd00::1"), ip("fd00::2")],
             vip: ip("fd00:96::10"),
             gateway: ip("fe80::1"),
+            hairpin: ip("100::1"),
             host: 128,
         },
     ]
@@ -185,7 +189,12 @@ fn udp_between_pods_to_oneself_and_from_outside() {
     net.attach(&mut rig);
     for plan in plans() {
         let vip = SocketAddr::new(plan.vip, 80);
-        let server = net.udp(&net.pods[1], SocketAddr::new(plan.pods[1], 8080));
+        // Bound to no address: the stack chooses where each answer comes from.
+        let any: IpAddr = match plan.vip {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let server = net.udp(&net.pods[1], SocketAddr::new(any, 8080));
         exchange(
             &net.client(&net.pods[0], plan.pods[0], vip),
             &server,
@@ -196,11 +205,11 @@ fn udp_between_pods_to_oneself_and_from_outside() {
             &server,
             Some(plan.outside),
         );
-        // The backend's own pod: it sees its next hop as the client.
+        // The backend's own pod: it sees the hairpin address as the client.
         exchange(
             &net.client(&net.pods[1], plan.pods[1], vip),
             &server,
-            Some(plan.gateway),
+            Some(plan.hairpin),
         );
     }
 }

@@ -102,7 +102,7 @@ fn what_is_for_no_service_is_left_alone() {
             udp((f.client, 40000), (f.stranger, 80)),
             udp((f.client, 40000), (f.vip, 81)),
             packet(TCP, (f.client, 40000), (f.vip, 80), SYN, b""),
-            udp((f.client, 40000), (f.gateway, 40001)),
+            udp((f.client, 40000), (f.hairpin, 40001)),
         ];
         for sent in others {
             for hook in Hook::ALL {
@@ -307,7 +307,7 @@ fn a_pod_reaches_itself_through_its_service() {
         let there = read(&out.packet);
         assert_eq!(
             (there.src, there.dst),
-            ((f.gateway, 40000), (f.client, 8080))
+            ((f.hairpin, 40000), (f.client, 8080))
         );
         let macs = read(&sent).macs;
         assert_eq!(there.macs, (macs.1, macs.0), "back to where it came from");

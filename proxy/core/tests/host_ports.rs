@@ -404,8 +404,7 @@ proptest! {
                 Change::NoService => planner.on_event(&Event::Deltas(no_service())),
             }
             let mut left = dies;
-            'life: loop {
-                let Some(ops) = planner.step() else { break };
+            'life: while let Some(ops) = planner.step() {
                 for op in &ops {
                     if left == 0 {
                         // The next life reads the maps and is told everything again.

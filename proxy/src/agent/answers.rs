@@ -86,26 +86,26 @@ impl Answers {
         key: &AttachmentKey,
         interfaces: &[String],
         traffic: &Traffic,
-    ) -> Result<(Box<Attachment>, u64), Response> {
+    ) -> Result<(Box<Attachment>, u64), Box<Response>> {
         let lookup = Request::Lookup { key: key.clone() };
         let allocation = match self.ipam.handle(&lookup, clock::now()) {
             Response::Allocation { allocation } => allocation,
             Response::Unknown => {
-                return Err(failed(format!(
+                return Err(Box::new(failed(format!(
                     "{}/{} has no address here; ADD begins with `allocate`",
                     key.container_id, key.ifname
-                )));
+                ))));
             }
-            other => return Err(other),
+            other => return Err(Box::new(other)),
         };
         let own = self.names(&allocation);
         if let Some(foreign) = interfaces.iter().find(|i| !own.contains(i)) {
-            return Err(failed(format!(
+            return Err(Box::new(failed(format!(
                 "{foreign} is no interface of {}/{}: those are {}",
                 key.container_id,
                 key.ifname,
                 own.join(", ")
-            )));
+            ))));
         }
         let attachment = Attachment::new(&allocation, interfaces.to_vec(), traffic.clone());
         Ok((Box::new(attachment), allocation.generation))
@@ -115,27 +115,27 @@ impl Answers {
     fn ask_dataplane<T>(
         &self,
         message: impl FnOnce(SyncSender<T>) -> Message,
-    ) -> Result<T, Response> {
+    ) -> Result<T, Box<Response>> {
         let (reply, wait) = sync_channel(1);
         if self.dataplane.send(message(reply)).is_err() {
-            return Err(failed("the agent is stopping".into()));
+            return Err(Box::new(failed("the agent is stopping".into())));
         }
         wait.recv_timeout(DATAPLANE_WITHIN).map_err(|_| {
-            failed(format!(
+            Box::new(failed(format!(
                 "the dataplane did not answer in {DATAPLANE_WITHIN:?}"
-            ))
+            )))
         })
     }
 
     fn attached(&self, key: &AttachmentKey, interfaces: &[String], traffic: &Traffic) -> Response {
         let (attachment, generation) = match self.attachment(key, interfaces, traffic) {
             Ok(attachment) => attachment,
-            Err(response) => return response,
+            Err(response) => return *response,
         };
         match self.ask_dataplane(|done| Message::Attach { attachment, done }) {
             Ok(Ok(())) => {}
             Ok(Err(message)) => return failed(message),
-            Err(response) => return response,
+            Err(response) => return *response,
         }
         // Done, then durable, then told: an ADD that is not told is undone by its plugin or by the runtime's DEL.
         let kept = if traffic.is_empty() {
@@ -156,12 +156,12 @@ impl Answers {
     fn verify(&self, key: &AttachmentKey, interfaces: &[String], traffic: &Traffic) -> Response {
         let attachment = match self.attachment(key, interfaces, traffic) {
             Ok((attachment, _)) => attachment,
-            Err(response) => return response,
+            Err(response) => return *response,
         };
         match self.ask_dataplane(|reply| Message::Verify { attachment, reply }) {
             Ok(missing) if missing.is_empty() => Response::Done,
             Ok(missing) => Response::NotAsExpected { missing },
-            Err(response) => response,
+            Err(response) => *response,
         }
     }
 
@@ -260,7 +260,7 @@ impl Answers {
                 steps.extend(self.address(destination));
                 Response::Why { steps }
             }
-            Err(response) => response,
+            Err(response) => *response,
         }
     }
 

@@ -175,6 +175,8 @@ impl Dataplane {
         }
         let done = self.try_attach(attachment);
         if done.is_err() {
+            // Its ports may be open already, or half open: it is let go like one that stood.
+            self.attachments.insert(attachment.clone());
             self.let_go(&attachment.key);
         }
         done
@@ -191,28 +193,32 @@ impl Dataplane {
         // First: not a packet passes unlimited.
         self.limiter.put(key, pod, interfaces, &traffic.bandwidth)?;
         interfaces.iter().try_for_each(|i| self.attach_pod(i))?;
-        let name = attachment.name();
-        let ports = attachment.host_ports();
-        let ports = (!ports.ports.is_empty()).then_some(ports);
-        let served = ports.is_some();
-        self.proxy.set_host_ports(&name, ports).map_err(|e| {
-            format!("host ports of {pod} cannot be programmed: {e}; the agent reads the maps back")
-        })?;
-        if served {
-            self.plan();
-            for problem in self.proxy.planner().problems_of(&name) {
-                match problem {
-                    Problem::Taken { .. } => {
-                        tracing::warn!(pod, "a host port is not served as asked: {problem}");
-                    }
-                    _ => return Err(format!("host ports of {pod}: {problem}")),
-                }
-            }
+        if !traffic.port_mappings.is_empty() || self.attachments.get(key).is_some() {
+            self.open_ports(attachment)?;
         }
         if traffic.is_empty() {
             self.attachments.remove(key);
         } else {
             self.attachments.insert(attachment.clone());
+        }
+        Ok(())
+    }
+
+    fn open_ports(&mut self, attachment: &Attachment) -> Result<(), String> {
+        let (pod, name) = (&attachment.pod, attachment.name());
+        let ports = attachment.host_ports();
+        let ports = (!ports.ports.is_empty()).then_some(ports);
+        self.proxy.set_host_ports(&name, ports).map_err(|e| {
+            format!("host ports of {pod} cannot be programmed: {e}; the agent reads the maps back")
+        })?;
+        self.plan();
+        for problem in self.proxy.planner().problems_of(&name) {
+            match problem {
+                Problem::Taken { .. } => {
+                    tracing::warn!(pod, "a host port is not served as asked: {problem}");
+                }
+                _ => return Err(format!("host ports of {pod}: {problem}")),
+            }
         }
         Ok(())
     }

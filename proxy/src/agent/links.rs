@@ -64,6 +64,10 @@ fn usable(message: &AddressMessage) -> Option<IpAddr> {
 
 /// Gives an interface `fq`, which lets each packet leave at its time; false: this kernel has none.
 pub(super) fn pace(index: u32) -> Result<bool, RouteError> {
+    queue(index, "fq")
+}
+
+fn queue(index: u32, kind: &str) -> Result<bool, RouteError> {
     let mut message = TcMessage::default();
     message.header.index = index.cast_signed();
     message.header.parent = TcHandle::ROOT;
@@ -71,7 +75,7 @@ pub(super) fn pace(index: u32) -> Result<bool, RouteError> {
         major: HANDLE,
         minor: 0,
     };
-    message.attributes.push(TcAttribute::Kind("fq".into()));
+    message.attributes.push(TcAttribute::Kind(kind.into()));
     let mut netlink = Netlink::open()?;
     // One that is there already is changed in nothing, and keeps its packets.
     netlink.send(
@@ -82,5 +86,54 @@ pub(super) fn pace(index: u32) -> Result<bool, RouteError> {
         Ok(()) => Ok(true),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use kun_harness::{Netns, require_root, require_tool};
+
+    use super::*;
+
+    #[test]
+    fn loopback_and_global_addresses_are_found_and_link_local_ones_are_not() {
+        if !require_root() || !require_tool("ip") {
+            return;
+        }
+        let netns = Netns::new("addresses").unwrap();
+        for words in [
+            "link set lo up",
+            "addr add 127.0.0.5/8 dev lo",
+            "addr add 192.0.2.7/32 dev lo",
+            "addr add 169.254.9.9/32 scope link dev lo",
+            "addr add 2001:db8::7/128 dev lo",
+            "addr add fe80::7/64 dev lo",
+        ] {
+            netns.exec(words).unwrap();
+        }
+        let found: Vec<String> = (netns.run(addresses).unwrap().iter())
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(found, ["127.0.0.1", "192.0.2.7", "::1", "2001:db8::7"]);
+    }
+
+    /// With a queue that every kernel has: `fq` is a module.
+    #[test]
+    fn a_queue_is_given_once_and_one_that_the_kernel_lacks_is_told() {
+        if !require_root() || !require_tool("tc") {
+            return;
+        }
+        let netns = Netns::new("queue").unwrap();
+        assert!(!netns.run(|| queue(1, "no-such-queue")).unwrap());
+        for _ in 0..2 {
+            assert!(netns.run(|| queue(1, "pfifo")).unwrap());
+        }
+        let mut show = Command::new("tc");
+        show.args(["qdisc", "show", "dev", "lo"]);
+        let shown = String::from_utf8(netns.output(show).unwrap().stdout).unwrap();
+        assert!(shown.contains("qdisc pfifo 6b: root"), "{shown}");
+        assert!(netns.run(|| queue(12345, "pfifo")).is_err());
     }
 }

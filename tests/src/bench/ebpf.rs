@@ -9,9 +9,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use kun_ebpf_abi::bandwidth::{FASTEST, Limits, SLOWEST, Terms};
 use kun_ebpf_abi::service::{Backend, Scope, ServiceKey, ServiceValue, View, ViewKind, state};
 use kun_ebpf_abi::{Addr, Port};
-use kun_ebpf_loader::{Hook, ServiceConfig, ServiceDataplane};
+use kun_ebpf_loader::{BandwidthDataplane, Hook, ServiceConfig, ServiceDataplane};
 use kun_harness::{BpfFs, Cgroup};
 
 use super::{Context, Row};
@@ -47,6 +48,7 @@ pub fn run(_context: &Context) -> Result<Vec<Row>> {
     let (mut plane, _) = ServiceDataplane::open(&config)?;
     let cold = fill(&mut plane)?;
     let mut rows = programs(&mut plane, &NANOSECONDS)?;
+    rows.extend(limits(&NANOSECONDS)?);
     rows.extend(connects(&mut plane, &cgroup)?);
     rows.push(
         Row::new(
@@ -73,7 +75,9 @@ pub fn instructions() -> Result<Vec<Row>> {
         max_flows: 1 << 16,
     };
     let (mut plane, _) = ServiceDataplane::open(&config)?;
-    programs(&mut plane, &INSTRUCTIONS)
+    let mut rows = programs(&mut plane, &INSTRUCTIONS)?;
+    rows.extend(limits(&INSTRUCTIONS)?);
+    Ok(rows)
 }
 
 /// How a program is measured.
@@ -253,6 +257,38 @@ fn programs(plane: &mut ServiceDataplane, how: &Measure) -> Result<Vec<Row>> {
         for hook in Hook::ALL {
             measure(format!("{family}_not_a_service"), hook, &other)?;
         }
+    }
+    Ok(rows)
+}
+
+/// What a bandwidth limit costs the packets of a pod that has one: of those that pass, and of those that are too many.
+fn limits(how: &Measure) -> Result<Vec<Row>> {
+    let bpffs = BpfFs::new()?;
+    let (mut plane, _) = BandwidthDataplane::open(bpffs.path(), false)?;
+    let packet = udp(
+        (Addr::v4([192, 0, 2, 5]), 40000),
+        (Addr::v4([192, 0, 2, 9]), 53),
+    );
+    // Test runs pass the loopback interface, which has index 1.
+    plane.limit(
+        1,
+        &Limits {
+            sends: 1,
+            receives: 0,
+        },
+    )?;
+    let mut rows = Vec::new();
+    for (name, rate) in [("passes", FASTEST), ("dropped", SLOWEST)] {
+        plane.fill(0, &Terms::new(rate, None, false))?;
+        let mut best = u32::MAX;
+        for _ in 0..how.rounds {
+            best = best.min(plane.test_run(true, &packet, how.repeat)?.nanoseconds);
+        }
+        rows.push(Row::new(
+            format!("ebpf/limit_ingress_{name}{}", how.suffix),
+            f64::from(best),
+            how.unit,
+        ));
     }
     Ok(rows)
 }

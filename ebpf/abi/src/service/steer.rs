@@ -16,8 +16,8 @@
 //! and 443 with one target port, say) would have two flows with one reverse record. The later flow gets another client port
 //! on its way to the backend, which both records name; [`PORTS`] are tried.
 //!
-//! Hairpin: to a pod that is chosen as its own backend the packet comes from [`GATEWAY_V4`] or [`GATEWAY_V6`], since neither
-//! family's stack takes a packet from its own address off a wire. These are the pod's next hops, so its replies come back to
+//! Hairpin: to a pod that is chosen as its own backend the packet comes from [`HAIRPIN_V4`] or [`HAIRPIN_V6`], since neither
+//! family's stack takes a packet from its own address off a wire. Its replies leave by its default route and so come back to
 //! this hook, where they get the service's address again. Such packets never enter the node's stack.
 
 use super::packet::{Headers, Packet, Parsed, TCP, parse, rewrite, tcp};
@@ -28,10 +28,11 @@ use super::{
 use crate::reason::Reason;
 use crate::{Addr, Port};
 
-/// The pods' IPv4 next hop.
-pub const GATEWAY_V4: Addr = Addr::v4([169, 254, 1, 1]);
-/// The pods' IPv6 next hop, fe80::1.
-pub const GATEWAY_V6: Addr = Addr::v6([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+/// Whom a pod sees that talks to itself: its IPv4 next hop, which it has no other business with.
+pub const HAIRPIN_V4: Addr = Addr::v4([169, 254, 1, 1]);
+/// The same in IPv6: 100::1, of the discard-only prefix (RFC 6666). Not the next hop, which is link-local: a socket that is
+/// bound to no address would answer it from the pod's own link-local address (RFC 6724 §5, rule 2), which is in no record.
+pub const HAIRPIN_V6: Addr = Addr::v6([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
 
 /// A flow's time is written at most this often: a store to a shared cache line for each packet would be dearer than the look-up.
 pub const REFRESH_NS: u64 = 1_000_000_000;
@@ -89,7 +90,7 @@ pub fn from_pod<P: Packet, M: Maps>(packet: &mut P, maps: &mut M) -> Verdict {
         Parsed::Other => return Verdict::Pass,
         Parsed::Malformed => return drop(maps, Reason::Malformed),
     };
-    if headers.tuple.dst.same(&GATEWAY_V6) || headers.tuple.dst.same(&GATEWAY_V4) {
+    if headers.tuple.dst.same(&HAIRPIN_V6) || headers.tuple.dst.same(&HAIRPIN_V4) {
         headers.tuple.dir = flow::HAIRPIN;
         return answer(packet, maps, &headers);
     }
@@ -230,7 +231,7 @@ fn forward<P: Packet, M: Maps>(
     let hairpin = from_pod && pair.src.same(&key.src);
     if hairpin {
         pair.dir = flow::HAIRPIN;
-        pair.dst = if headers.v6 { GATEWAY_V6 } else { GATEWAY_V4 };
+        pair.dst = if headers.v6 { HAIRPIN_V6 } else { HAIRPIN_V4 };
     }
     if !known && !free_port(maps, key, &mut pair) {
         return drop(maps, Reason::FlowTableFull);

@@ -46,7 +46,7 @@ pub struct Family {
     pub vip: IpAddr,
     pub backends: [IpAddr; 2],
     pub stranger: IpAddr,
-    pub gateway: IpAddr,
+    pub hairpin: IpAddr,
 }
 
 pub fn families() -> [Family; 2] {
@@ -56,14 +56,14 @@ pub fn families() -> [Family; 2] {
             vip: ip("10.96.0.10"),
             backends: [ip("10.0.1.1"), ip("10.0.1.2")],
             stranger: ip("10.0.9.9"),
-            gateway: ip("169.254.1.1"),
+            hairpin: ip("169.254.1.1"),
         },
         Family {
             client: ip("fd00::5"),
             vip: ip("fd00:96::10"),
             backends: [ip("fd00:1::1"), ip("fd00:1::2")],
             stranger: ip("fd00:9::9"),
-            gateway: ip("fe80::1"),
+            hairpin: ip("100::1"),
         },
     ]
 }
