@@ -509,7 +509,11 @@ impl IpamService {
 fn needs(source: &ClusterSource) -> Needs {
     match source {
         ClusterSource::Folder(_) => Needs::FOLDER,
-        ClusterSource::Kubernetes { .. } => Needs::API,
+        // Nobody publishes watermarks yet: what nobody gives is not waited for.
+        ClusterSource::Kubernetes { .. } => Needs {
+            watermark: false,
+            ..Needs::API
+        },
     }
 }
 
