@@ -10,4 +10,4 @@ pub mod folder;
 mod source;
 
 pub use kun_cluster_core::*;
-pub use source::{Following, Scope, Source, SourceError, Troubles, Wanted};
+pub use source::{Following, Source, SourceError, Troubles};

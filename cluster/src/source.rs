@@ -3,68 +3,14 @@
 //! Both sources keep one contract (`cluster/tests/contract.rs`): the first snapshot is one event of deltas, then [`Event::Synced`];
 //! after it, every event of deltas is a change that belongs together. Objects that were not wanted never appear.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kun_config::ClusterSource;
 
 use crate::api::{self, ApiError, ApiSource};
 use crate::folder::{self, FolderError, FolderSource};
-use crate::{Delta, Event, Kind, Object, ObjectName};
-
-/// Which objects of a kind.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Scope {
-    /// All of them.
-    All,
-    /// Those of one node: its Pods, its IPAMBlocks, the Node of that name. Ten thousand nodes that each read all Pods would be
-    /// the API server's whole load.
-    Node(Arc<str>),
-}
-
-/// What a program wants to see: kinds, each with its scope.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Wanted(BTreeMap<Kind, Scope>);
-
-impl Wanted {
-    /// Nothing yet.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// And all objects of these kinds.
-    pub fn all(mut self, kinds: impl IntoIterator<Item = Kind>) -> Self {
-        self.0
-            .extend(kinds.into_iter().map(|kind| (kind, Scope::All)));
-        self
-    }
-
-    /// And a node's objects of a kind.
-    pub fn of_node(mut self, kind: Kind, node: &str) -> Self {
-        self.0.insert(kind, Scope::Node(node.into()));
-        self
-    }
-
-    /// Kinds and scopes, in order of the kinds.
-    pub fn iter(&self) -> impl Iterator<Item = (Kind, &Scope)> {
-        self.0.iter().map(|(kind, scope)| (*kind, scope))
-    }
-
-    /// Whether an object is among them.
-    pub fn admits(&self, object: &Object) -> bool {
-        match self.0.get(&object.kind()) {
-            None => false,
-            Some(Scope::All) => true,
-            Some(Scope::Node(node)) => match object {
-                Object::Pod(pod) => pod.node.as_ref() == Some(node),
-                Object::IpamBlock(block) => block.node == *node,
-                Object::Node(own) => own.meta.name.name == *node,
-                // A kind that has no node: all of it.
-                _ => true,
-            },
-        }
-    }
-}
+use crate::{Delta, Event, Kind, ObjectName, Scope, Wanted};
 
 /// Lets through what is wanted of a source that reads everything.
 #[derive(Debug)]
@@ -96,7 +42,7 @@ impl Lens {
             Delta::Upsert(object) => object.key(),
             Delta::Remove(kind, name) => (*kind, name.clone()),
         };
-        match (self.wanted.0.get(&kind)?, &delta) {
+        match (self.wanted.scope(kind)?, &delta) {
             (Scope::All, _) => Some(delta),
             (Scope::Node(_), Delta::Upsert(object)) if self.wanted.admits(object) => {
                 self.seen.insert((kind, name));

@@ -112,6 +112,7 @@ status:
     assert_eq!(service.cluster_ips, [ip("fd00::1"), ip("10.96.0.1")]);
     assert_eq!(service.families, [IpFamily::V6, IpFamily::V4]);
     assert_eq!(service.load_balancer_ips, [ip("192.0.2.1")]);
+    assert!(service.load_balancer_named);
     assert_eq!(
         service.load_balancer_class.as_deref(),
         Some("kun.network/bgp")
@@ -295,14 +296,14 @@ spec: {first: 10.64.0.64, node: node-a}
     };
     assert_eq!(
         (
-            pool.pods.len(),
-            pool.services_v4.len(),
-            pool.services_v6.len()
+            pool.spec.pods.len(),
+            pool.spec.services.v4.len(),
+            pool.spec.services.v6.len()
         ),
         (2, 1, 1)
     );
     assert_eq!(
-        (block.block.to_string().as_str(), block.node.as_ref()),
+        (block.block().to_string().as_str(), block.node().as_ref()),
         ("10.64.0.64/26", "node-a")
     );
     let (path, line) = ("m.yaml".into(), 7);
@@ -374,11 +375,11 @@ metadata: {name: x}
     assert_eq!(
         faults,
         "m.yaml:4:8: spec.pod: unknown field; did you mean `pods`?
-m.yaml:4:36: spec.pods[0]: 10.64.0.0/27 is smaller than a block; write a /26 or larger: blocks have 64 slots
-m.yaml:4:67: spec.services.v4[0]: `2001:db8::/64` is not an IPv4 prefix; write one such as 10.64.0.0/16
+m.yaml:4:36: spec.pods[0]: `10.64.0.0/27` is not a range for pods: an IPv4 prefix without host bits, of /26 or larger, outside 0.0.0.0/8, 127.0.0.0/8 and 224.0.0.0/4; write 10.64.0.0/26
+m.yaml:4:67: spec.services.v4[0]: `2001:db8::/64` is not an IPv4 prefix without host bits; write one such as 192.0.2.0/24
 m.yaml:4:83: spec.services.ipv6: unknown field; known here: v4, v6
 m.yaml:9:7: spec: the field `node` is missing; write the name of the Node that owns it
-m.yaml:9:15: spec.first: 10.64.0.1 is not a multiple of 64; write 10.64.0.0
+m.yaml:9:15: spec.first: `10.64.0.1` is not the first slot of a block: an IPv4 address that is a multiple of 64; write 10.64.0.0
 m.yaml:11:1: no kind `IPAMBlok` in kun.network/v1alpha1; write IPPool, IPAMBlock or ServiceAddress
 m.yaml:18:31: spec.addresses[1]: 192.0.2.2 is a second one of its family; a Service has one of each
 m.yaml:20:1: the field `kind` is missing; every document is a Kubernetes object with apiVersion and kind"

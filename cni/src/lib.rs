@@ -8,6 +8,7 @@
 pub mod allocator;
 pub mod clock;
 pub mod disk;
+pub mod install;
 pub mod ipam;
 pub mod kernel;
 pub mod netlink;

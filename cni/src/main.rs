@@ -1,10 +1,14 @@
-//! The program that a container runtime executes: environment and stdin in, one JSON object on stdout out.
+//! The program that a container runtime executes: environment and stdin in, one JSON object on stdout out. By hand, and from the
+//! image of the node agent, it also puts itself on a host (`install`).
 
-use std::io::{Read, Write};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{Read, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{anyhow, bail};
+use kun_cni::install::{LIST, Lists, Wanted, install, uninstall};
 use kun_cni::plugin::{self, Outcome};
 use kun_cni_core::spec::{
     Code, DEFAULT_KUN_CONFIG, Failure, Invocation, Version, parse_environment,
@@ -17,13 +21,21 @@ const MAX_STDIN: u64 = (1 << 20) + 1;
 /// `kun.yaml` with every comment has a few kilobytes.
 const MAX_CONFIG: u64 = 1 << 20;
 
-const USAGE: &str = "usage: kun-cni [--check-config [--config PATH]] | --version | --help
-Without arguments it is a CNI plugin: a container runtime executes it with CNI_COMMAND set.";
+const USAGE: &str = "usage: kun-cni --check-config [--config PATH] | --version | --help
+       kun-cni install [--bin-dir DIR] [--conf-dir DIR [--config PATH] [--conflist PATH] [--name NAME]]
+       kun-cni uninstall [--bin-dir DIR] [--conf-dir DIR [--name NAME]]
+Without arguments it is a CNI plugin: a container runtime executes it with CNI_COMMAND set.
+  --bin-dir   where the runtime looks for plugins, as /opt/cni/bin: this very program is placed there
+  --conf-dir  where it looks for network configuration lists, as /etc/cni/net.d: kun.yaml and the list are placed there, after the plugin
+  --config    the kun.yaml to place (/etc/kun/kun.yaml)
+  --conflist  the list to place; without it: kun alone
+  --name      the list's name there (10-kun.conflist)";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if !arguments.is_empty() {
         return match person(&arguments) {
+            Ok(text) if text.is_empty() => ExitCode::SUCCESS,
             Ok(text) => {
                 println!("{text}");
                 ExitCode::SUCCESS
@@ -82,13 +94,84 @@ fn person(arguments: &[String]) -> anyhow::Result<String> {
         ["--check-config", "--config", path] | ["--config", path, "--check-config"] => {
             PathBuf::from(path)
         }
+        [verb @ ("install" | "uninstall"), flags @ ..] => return place(verb, flags),
         other => bail!("{}: unknown\n{USAGE}", other.join(" ")),
     };
     load(&path)?;
     Ok("ok".to_owned())
 }
 
-fn load(path: &Path) -> anyhow::Result<Config> {
+/// `install` and `uninstall`; what was done, one line a file.
+fn place(verb: &str, flags: &[&str]) -> anyhow::Result<String> {
+    let mut given: BTreeMap<&str, &str> = BTreeMap::new();
+    let known: &[&str] = match verb {
+        "install" => &[
+            "--bin-dir",
+            "--conf-dir",
+            "--config",
+            "--conflist",
+            "--name",
+        ],
+        _ => &["--bin-dir", "--conf-dir", "--name"],
+    };
+    for pair in flags.chunks(2) {
+        match *pair {
+            [flag, value] if known.contains(&flag) => {
+                if given.insert(flag, value).is_some() {
+                    bail!("{flag}: given twice\n{USAGE}");
+                }
+            }
+            [flag] if known.contains(&flag) => bail!("{flag}: without a value\n{USAGE}"),
+            [flag, ..] => bail!("{flag}: unknown\n{USAGE}"),
+            [] => {}
+        }
+    }
+    let path = |flag| given.get(flag).map(Path::new);
+    if path("--bin-dir").is_none() && path("--conf-dir").is_none() {
+        bail!("give --bin-dir, --conf-dir or both\n{USAGE}");
+    }
+    if path("--conf-dir").is_none()
+        && let Some(flag) = ["--config", "--conflist", "--name"]
+            .iter()
+            .find(|f| given.contains_key(*f))
+    {
+        bail!("{flag}: means nothing without --conf-dir\n{USAGE}");
+    }
+    let name = given.get("--name").copied().unwrap_or(LIST);
+    let lists = path("--conf-dir")
+        .map(|dir| Lists::new(dir, name))
+        .transpose()?;
+    let mut done = String::new();
+    if verb == "uninstall" {
+        for path in uninstall(lists.as_ref(), path("--bin-dir"), |_| {})? {
+            let _ = writeln!(done, "removed {}", path.display());
+        }
+        return Ok(done.trim_end().to_owned());
+    }
+    let mut wanted = Vec::new();
+    if let Some(dir) = path("--bin-dir") {
+        wanted.push(Wanted::plugin(dir, &std::env::current_exe()?)?);
+    }
+    if let Some(lists) = &lists {
+        let config = path("--config").unwrap_or(Path::new(DEFAULT_KUN_CONFIG));
+        // A wrong one would be found by every pod.
+        load(config)?;
+        wanted.extend(lists.wanted(&read(config)?, path("--conflist"))?);
+        for other in lists.before() {
+            let _ = writeln!(
+                done,
+                "warning: {}: its name comes first, so the runtime takes it; remove it, or give this list a --name before it",
+                other.display()
+            );
+        }
+    }
+    for path in install(&wanted, |_| {})? {
+        let _ = writeln!(done, "placed {}", path.display());
+    }
+    Ok(done.trim_end().to_owned())
+}
+
+fn read(path: &Path) -> anyhow::Result<String> {
     let mut text = String::new();
     std::fs::File::open(path)
         .and_then(|file| file.take(MAX_CONFIG).read_to_string(&mut text))
@@ -98,6 +181,11 @@ fn load(path: &Path) -> anyhow::Result<Config> {
                 path.display()
             )
         })?;
+    Ok(text)
+}
+
+fn load(path: &Path) -> anyhow::Result<Config> {
+    let text = read(path)?;
     let host = match std::env::var("NODE_NAME") {
         Ok(name) if !name.is_empty() => name,
         Ok(_) | Err(_) => rustix::system::uname()

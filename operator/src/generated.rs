@@ -7,14 +7,14 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
+use kun_cluster::crd::block_name;
 use kun_cluster::folder::parse_manifest;
 use kun_cluster::{Object, ObjectName};
 use kun_config::Faults;
 use kun_config::types::BlockId;
 
-use crate::plan::Assignments;
+use crate::plan::{Assignments, Owner, owner_of};
 
 /// The sub-folder.
 pub const FOLDER: &str = "kun-generated";
@@ -136,7 +136,7 @@ fn read(path: &Path, held: &mut Assignments) -> Result<(), GeneratedError> {
         let Object::IpamBlock(block) = object else {
             return Err(GeneratedError::Foreign(path.to_owned()));
         };
-        held.blocks.insert(block.block, Arc::clone(&block.node));
+        held.blocks.insert(block.block(), owner_of(&block));
     }
     for address in manifest.addresses {
         held.addresses.insert(address.meta.name, address.addresses);
@@ -152,16 +152,15 @@ fn quoted(text: &str) -> serde_json::Value {
     serde_json::Value::from(text)
 }
 
-fn blocks_text(blocks: &BTreeMap<BlockId, Arc<str>>) -> String {
+fn blocks_text(blocks: &BTreeMap<BlockId, Owner>) -> String {
     let mut text = HEAD.to_owned();
-    for (block, node) in blocks {
-        let first = block.first();
-        let name = first.to_string().replace('.', "-");
+    for (block, owner) in blocks {
+        let (first, name) = (block.first(), block_name(*block));
         // Writing to a String cannot fail.
         let _ = write!(
             text,
-            "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata:\n  name: block-{name}\nspec:\n  first: {first}\n  node: {}\n",
-            quoted(node)
+            "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata:\n  name: {name}\nspec:\n  first: {first}\n  node: {}\n",
+            quoted(&owner.node)
         );
     }
     text

@@ -9,15 +9,62 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
-use kun_cluster::{IpFamily, ObjectName, Service, ServiceType, Store};
+use kun_cluster::{IpFamily, IpamBlock, Node, ObjectName, Service, ServiceType, Store};
 use kun_config::Ipam;
 use kun_config::types::{BLOCK_SLOTS, BlockId, Slot, SlotClass};
+
+/// Who has a block.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Owner {
+    /// The Node's name.
+    pub node: Arc<str>,
+    /// The Node's metadata.uid: one that was deleted and made again under its name is another owner. `None` where nobody knows it, as
+    /// in a folder: then the name is all.
+    pub uid: Option<Arc<str>>,
+}
+
+impl Owner {
+    /// Whether it is this Node.
+    pub fn is(&self, node: &Node) -> bool {
+        let uid = self
+            .uid
+            .as_ref()
+            .is_none_or(|uid| node.meta.uid.is_empty() || *uid == node.meta.uid);
+        uid && self.node == node.meta.name.name
+    }
+
+    /// The Node as an owner.
+    pub fn of(node: &Node) -> Self {
+        let uid = Some(&node.meta.uid).filter(|uid| !uid.is_empty());
+        Self {
+            node: Arc::clone(&node.meta.name.name),
+            uid: uid.cloned(),
+        }
+    }
+}
+
+impl From<&str> for Owner {
+    fn from(node: &str) -> Self {
+        Self {
+            node: node.into(),
+            uid: None,
+        }
+    }
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.node)
+    }
+}
 
 /// What the operator has given out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Assignments {
     /// Owner of each block.
-    pub blocks: BTreeMap<BlockId, Arc<str>>,
+    pub blocks: BTreeMap<BlockId, Owner>,
+    /// Those of them whose owner is gone for good: they may have another.
+    pub returned: BTreeSet<BlockId>,
     /// Virtual addresses of each service, at most one of each family. Services that are gone keep theirs until a pool is empty.
     pub addresses: BTreeMap<ObjectName, Vec<IpAddr>>,
 }
@@ -36,11 +83,12 @@ pub struct Pools {
 impl Pools {
     /// From the IPPool objects; a class of slots that none of them has comes from `kun.yaml`.
     pub fn of(store: &Store, ipam: &Ipam) -> Self {
-        let is_shadow = |net: &Ipv4Net| Slot::from(net.network()).class() == SlotClass::V6Only;
-        let (mut v6_only, mut dual): (Vec<Ipv4Net>, Vec<Ipv4Net>) = store
-            .pools()
-            .flat_map(|pool| pool.pods.iter().copied())
-            .partition(is_shadow);
+        let ranges = |class| {
+            let ranges = store.pools().flat_map(|pool| &pool.spec.pods);
+            let ranges = ranges.filter(move |range| range.class() == class);
+            ranges.map(|range| ***range).collect::<Vec<Ipv4Net>>()
+        };
+        let (mut dual, mut v6_only) = (ranges(SlotClass::Dual), ranges(SlotClass::V6Only));
         if dual.is_empty() {
             dual.clone_from(&ipam.v4_pools);
         }
@@ -48,14 +96,20 @@ impl Pools {
             v6_only.push(ipam.v6_only_pool);
         }
         let services = store.pools().flat_map(|pool| {
-            let v4 = pool.services_v4.iter().map(|net| IpNet::V4(*net));
-            v4.chain(pool.services_v6.iter().map(|net| IpNet::V6(*net)))
+            let ranges = &pool.spec.services;
+            let v4 = ranges.v4.iter().map(|net| IpNet::V4(net.0));
+            v4.chain(ranges.v6.iter().map(|net| IpNet::V6(net.0)))
         });
         Self {
             dual,
             v6_only,
             services: services.collect(),
         }
+    }
+
+    /// Whether an address is out of one of them.
+    pub fn has(&self, address: IpAddr) -> bool {
+        self.services.iter().any(|net| net.contains(&address))
     }
 
     fn of_class(&self, class: SlotClass) -> &[Ipv4Net] {
@@ -161,16 +215,18 @@ pub struct Plan {
 /// somebody else wrote are respected and not taken over.
 pub fn plan(store: &Store, pools: &Pools, before: &Assignments, blocks_per_node: u32) -> Plan {
     let mut shortages = BTreeSet::new();
-    let blocks = plan_blocks(
-        store,
-        pools,
-        &before.blocks,
-        blocks_per_node,
-        &mut shortages,
-    );
+    let blocks = plan_blocks(store, pools, before, blocks_per_node, &mut shortages);
     let addresses = plan_addresses(store, pools, &before.addresses, &mut shortages);
+    let returned = before
+        .returned
+        .iter()
+        .filter(|block| before.blocks.get(block) == blocks.get(block));
     Plan {
-        assignments: Assignments { blocks, addresses },
+        assignments: Assignments {
+            returned: returned.copied().collect(),
+            blocks,
+            addresses,
+        },
         shortages,
     }
 }
@@ -178,26 +234,43 @@ pub fn plan(store: &Store, pools: &Pools, before: &Assignments, blocks_per_node:
 fn plan_blocks(
     store: &Store,
     pools: &Pools,
-    before: &BTreeMap<BlockId, Arc<str>>,
+    before: &Assignments,
     wanted: u32,
     shortages: &mut BTreeSet<Shortage>,
-) -> BTreeMap<BlockId, Arc<str>> {
-    let mut owners = before.clone();
-    for block in store.blocks() {
-        let owner = owners
-            .entry(block.block)
-            .or_insert_with(|| Arc::clone(&block.node));
-        if *owner != block.node {
-            let nodes = [Arc::clone(owner), Arc::clone(&block.node)];
-            let block = block.block;
+) -> BTreeMap<BlockId, Owner> {
+    let mut owners = before.blocks.clone();
+    let mut draining: BTreeSet<BlockId> = BTreeSet::new();
+    for object in store.blocks() {
+        let (block, claimed) = (object.block(), owner_of(object));
+        if object.spec.draining {
+            draining.insert(block);
+        }
+        let owner = owners.entry(block).or_insert_with(|| claimed.clone());
+        if owner.node != claimed.node {
+            let nodes = [Arc::clone(&owner.node), claimed.node];
             shortages.insert(Shortage::Conflict { block, nodes });
         }
     }
-    let mut has: BTreeMap<(Arc<str>, SlotClass), u32> = BTreeMap::new();
-    for (block, node) in &owners {
-        *has.entry((Arc::clone(node), block.class())).or_default() += 1;
+    // By name: there may be one Node of a name, and blocks of several that had it.
+    let mut blocks: BTreeMap<(Arc<str>, SlotClass), Vec<(BlockId, Owner)>> = BTreeMap::new();
+    for (block, owner) in &owners {
+        let key = (Arc::clone(&owner.node), block.class());
+        blocks.entry(key).or_default().push((*block, owner.clone()));
     }
-    let mut ours = before.clone();
+    let has = |node: &Node, class| {
+        let list = blocks.get(&(Arc::clone(&node.meta.name.name), class));
+        let own = list
+            .into_iter()
+            .flatten()
+            .filter(|(block, owner)| owner.is(node) && !draining.contains(block));
+        own.count() as u32
+    };
+    let mut ours = before.blocks.clone();
+    let mut taken: BTreeSet<BlockId> = owners
+        .keys()
+        .filter(|block| !before.returned.contains(block))
+        .copied()
+        .collect();
     for class in [SlotClass::Dual, SlotClass::V6Only] {
         let ranges = pools.of_class(class);
         // A cluster without IPv4 for pods is no cluster that lacks it.
@@ -206,18 +279,17 @@ fn plan_blocks(
         }
         let mut free = ranges.iter().copied().flat_map(blocks_of);
         for node in store.nodes() {
-            let node = &node.meta.name.name;
-            let mut has = has.get(&(Arc::clone(node), class)).copied().unwrap_or(0);
+            let mut has = has(node, class);
             while has < wanted {
-                let Some(block) = free.by_ref().find(|block| !owners.contains_key(block)) else {
+                let Some(block) = free.by_ref().find(|block| !taken.contains(block)) else {
                     break;
                 };
-                owners.insert(block, Arc::clone(node));
-                ours.insert(block, Arc::clone(node));
+                taken.insert(block);
+                ours.insert(block, Owner::of(node));
                 has += 1;
             }
             if has < wanted {
-                let node = Arc::clone(node);
+                let node = Arc::clone(&node.meta.name.name);
                 shortages.insert(Shortage::Blocks {
                     node,
                     class,
@@ -230,6 +302,18 @@ fn plan_blocks(
     ours
 }
 
+/// Whom an IPAMBlock object names.
+pub fn owner_of(object: &IpamBlock) -> Owner {
+    Owner {
+        node: Arc::clone(object.node()),
+        uid: object
+            .spec
+            .node_uid
+            .as_ref()
+            .map(|uid| Arc::clone(uid.shared())),
+    }
+}
+
 /// The blocks of a range, ascending. A range smaller than a block has none.
 fn blocks_of(range: Ipv4Net) -> impl Iterator<Item = BlockId> {
     let (first, last) = (u32::from(range.network()), u32::from(range.broadcast()));
@@ -238,7 +322,7 @@ fn blocks_of(range: Ipv4Net) -> impl Iterator<Item = BlockId> {
 }
 
 /// Whether the address of a Service is this operator's business.
-fn is_ours(service: &Service) -> bool {
+pub fn is_ours(service: &Service) -> bool {
     let class = service.load_balancer_class.as_deref();
     service.kind == ServiceType::LoadBalancer
         && class.is_none_or(|class| class.starts_with("kun.network/"))
@@ -284,7 +368,9 @@ fn plan_addresses(
     let mut ranges = FreeAddresses::new(&pools.services);
     for service in store.services().filter(|service| is_ours(service)) {
         let name = &service.meta.name;
-        let by_hand = !before.contains_key(name) && !service.load_balancer_ips.is_empty();
+        // Of a person or of another implementation: it would be a fight.
+        let by_hand = !before.contains_key(name)
+            && (!service.load_balancer_ips.is_empty() || service.load_balancer_named);
         if by_hand {
             continue;
         }

@@ -63,7 +63,7 @@ fn what_it_writes_is_what_every_program_reads() {
     let store = snapshot(dir.path());
     let blocks: Vec<String> = store
         .blocks_of("node-a")
-        .map(|b| b.block.to_string())
+        .map(|b| b.block().to_string())
         .collect();
     assert_eq!(blocks, ["10.64.0.0/26", "240.0.0.0/26"]);
     let web = store

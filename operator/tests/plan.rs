@@ -1,12 +1,12 @@
 //! The plan's promises as properties over random clusters, and its choices as examples.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 use kun_cluster::folder::parse_manifest;
 use kun_cluster::{Delta, Kind, ObjectName, Store};
-use kun_config::types::SlotClass;
+use kun_config::types::{BlockId, SlotClass};
 use kun_operator::plan::{Assignments, Plan, Pools, Shortage, plan};
 use proptest::prelude::*;
 
@@ -113,7 +113,7 @@ fn a_removed_node_keeps_its_blocks() {
 
 #[test]
 fn blocks_written_by_hand_are_respected_and_not_taken_over() {
-    let by_hand = "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {name: x}\nspec: {first: 10.64.0.0, node: b}\n";
+    let by_hand = "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {name: block-10-64-0-0}\nspec: {first: 10.64.0.0, node: b}\n";
     let store = store(&(node("a") + &node("b") + by_hand));
     let plan = plan(
         &store,
@@ -129,16 +129,21 @@ fn blocks_written_by_hand_are_respected_and_not_taken_over() {
 
 #[test]
 fn one_block_for_two_nodes_is_told() {
-    let block = |name: &str, node: &str| {
-        format!(
-            "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {{name: {name}}}\nspec: {{first: 10.64.0.0, node: {node}}}\n"
-        )
+    // The name of the object follows from the block: the other claim is what the operator remembers.
+    let by_hand = "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {name: block-10-64-0-0}\nspec: {first: 10.64.0.0, node: b}\n";
+    let before = Assignments {
+        blocks: [("10.64.0.0", "a")]
+            .map(|(first, node)| {
+                let first: Ipv4Addr = first.parse().expect("an address");
+                (BlockId::new(first.into()).expect("aligned"), node.into())
+            })
+            .into(),
+        ..Assignments::default()
     };
-    let store = store(&(block("x", "a") + &block("y", "b")));
     let plan = plan(
-        &store,
+        &store(by_hand),
         &pools(&["10.64.0.0/24"], &["240.0.0.0/24"], &[]),
-        &Assignments::default(),
+        &before,
         1,
     );
     let told: Vec<String> = plan.shortages.iter().map(Shortage::to_string).collect();
@@ -277,7 +282,7 @@ proptest! {
             }
             for node in store.nodes() {
                 for class in [SlotClass::Dual, SlotClass::V6Only] {
-                    let has = planned.assignments.blocks.iter().filter(|(b, n)| **n == node.meta.name.name && b.class() == class).count();
+                    let has = planned.assignments.blocks.iter().filter(|(b, n)| n.node == node.meta.name.name && b.class() == class).count();
                     let short = planned.shortages.iter().any(|s| {
                         matches!(s, Shortage::Blocks { node: n, class: c, .. } if *n == node.meta.name.name && *c == class)
                     });

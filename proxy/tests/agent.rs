@@ -3,14 +3,16 @@
 
 mod rig;
 
+use std::fs;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use kun_control::{Request, Response};
-use kun_harness::wait_until;
+use kun_harness::{wait_for, wait_until};
 use rig::{Inside, LB4, LB6, Node, Service, VIP4, VIP6};
+use serde_json::json;
 
 /// Everything here takes milliseconds; a busy machine takes its time.
 const SOON: Duration = Duration::from_secs(20);
@@ -341,4 +343,64 @@ fn what_is_wrong_at_start_is_one_clear_line() {
     }
     node.configure(|_| {});
     node.spawn();
+}
+
+#[test]
+fn the_runtime_list_stands_once_pods_can_have_addresses_and_until_cleanup() {
+    let Some(mut node) = Node::start("lists") else {
+        return;
+    };
+    node.terminate();
+    let conf = node.path("net.d");
+    let (list, config) = (conf.join("10-kun.conflist"), conf.join("kun/kun.yaml"));
+    node.flags = vec!["--cni-conf-dir".into(), conf.display().to_string()];
+
+    // Synced and programmed, but the node has no block: a pod would get no address.
+    let this = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}});
+    node.manifest("node.yaml", std::slice::from_ref(&this));
+    node.spawn();
+    wait_for("readiness", SOON, || node.ready().then_some(())).unwrap();
+    assert!(!conf.exists(), "placed too early");
+
+    let block = json!({"apiVersion": "kun.network/v1alpha1", "kind": "IPAMBlock", "metadata": {"name": "b0"},
+        "spec": {"first": "10.64.0.0", "node": "node-a"}});
+    node.manifest("node.yaml", &[this, block]);
+    let stands = || list.is_file().then_some(());
+    wait_for("the list", SOON, stands).unwrap();
+    let text = fs::read_to_string(&list).unwrap();
+    assert!(text.contains(&config.display().to_string()), "{text}");
+    assert_eq!(
+        fs::read(&config).unwrap(),
+        fs::read(node.path("kun.yaml")).unwrap()
+    );
+
+    // Without an agent the plugin works by itself: the list stays, after SIGKILL as after SIGTERM.
+    node.kill();
+    assert!(list.is_file());
+    node.spawn();
+    // Somebody's uninstaller took it for its own.
+    fs::remove_file(&list).unwrap();
+    wait_for("the list again", SOON, stands).unwrap();
+    node.terminate();
+    assert!(list.is_file());
+
+    let said = node.run_agent(&["--cleanup", "--cni-conf-dir", &conf.display().to_string()]);
+    assert!(!list.exists() && !config.exists(), "{said}");
+    assert_eq!(fs::read_dir(&conf).unwrap().count(), 0, "{said}");
+}
+
+#[test]
+fn a_runtime_list_that_names_no_kun_is_told_at_start() {
+    let Some(mut node) = Node::start("lists-no") else {
+        return;
+    };
+    node.terminate();
+    let list = node.path("list");
+    fs::write(&list, r#"{"plugins": [{"type": "bridge"}]}"#).unwrap();
+    let (conf, list) = (
+        node.path("net.d").display().to_string(),
+        list.display().to_string(),
+    );
+    let said = node.run_agent(&["--cni-conf-dir", &conf, "--cni-conflist", &list]);
+    assert!(said.contains("no plugin has the type `kun-cni`"), "{said}");
 }

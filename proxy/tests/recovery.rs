@@ -66,6 +66,7 @@ fn service(n: u8) -> Delta {
         cluster_ips: vec![IpAddr::from([10, 96, 0, n])],
         families: Vec::new(),
         load_balancer_ips: vec![IpAddr::from([192, 0, 2, n])],
+        load_balancer_named: false,
         load_balancer_class: None,
         external_name: None,
         ports: vec![ServicePort {

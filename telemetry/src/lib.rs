@@ -10,7 +10,7 @@ mod load;
 mod logs;
 
 pub use http::{Endpoint, Health, Metrics, ServeError, serve};
-pub use load::{LoadError, check_config, load};
+pub use load::{LoadError, check_config, load, load_with_text};
 pub use logs::{LogsError, init_logs};
 /// The registry that parts register their metrics in; names are `kun_<part>_…`.
 pub use prometheus_client::registry::Registry;

@@ -36,6 +36,11 @@ pub enum LoadError {
 /// Reads and validates `path`. The node's name, where the file gives none, is `NODE_NAME` from the environment (the downward API
 /// of a DaemonSet), else the host name.
 pub fn load(path: &Path) -> Result<Config, LoadError> {
+    load_with_text(path).map(|(config, _)| config)
+}
+
+/// The same, with the text, for who hands it on: what is on the disk a moment later may be another.
+pub fn load_with_text(path: &Path) -> Result<(Config, String), LoadError> {
     let unread = |source| LoadError::Read {
         path: path.to_owned(),
         source,
@@ -48,11 +53,8 @@ pub fn load(path: &Path) -> Result<Config, LoadError> {
         });
     }
     let text = std::fs::read_to_string(path).map_err(unread)?;
-    Ok(kun_config::parse_on(
-        &path.to_string_lossy(),
-        &text,
-        &host_name(),
-    )?)
+    let config = kun_config::parse_on(&path.to_string_lossy(), &text, &host_name())?;
+    Ok((config, text))
 }
 
 /// `--check-config`: prints `ok`, or one line a fault on stderr and exit code 1; warnings go to stderr and change nothing.

@@ -2,8 +2,9 @@
 //
 // `kun-control-plane serve` brings up etcd, kube-apiserver and kube-controller-manager (and kube-scheduler on request) as
 // children of its own, prints one JSON line once the API server is ready, and takes everything down on SIGTERM or when
-// its standard input closes, so that no test that dies leaves a server behind. Any other first argument (or the name that it is
-// executed by) is the Kubernetes program of that name: `kun-control-plane kubectl get nodes`.
+// its standard input closes, so that no test that dies leaves a server behind. Lines on its standard input are commands (control.go:
+// kill, freeze and start parts, add a second API server, compact etcd, issue a token), each answered with one JSON line. Any other
+// first argument (or the name that it is executed by) is the Kubernetes program of that name: `kun-control-plane kubectl get nodes`.
 package main
 
 import (

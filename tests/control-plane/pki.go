@@ -4,12 +4,14 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
 	"math/big"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
@@ -97,8 +99,8 @@ func (p *pki) signingKey(name string) error {
 	return writeKey(p.path(name+".key"), key)
 }
 
-// kubeconfig writes a kubeconfig for the certificate NAME and returns its path.
-func (p *pki) kubeconfig(name, server string) (string, error) {
+// kubeconfig writes NAME.kubeconfig for the holder of a certificate and returns its path.
+func (p *pki) kubeconfig(name, holder, server string) (string, error) {
 	path := filepath.Join(filepath.Dir(p.dir), name+".kubeconfig")
 	text := fmt.Sprintf(`apiVersion: v1
 kind: Config
@@ -106,8 +108,20 @@ clusters: [{name: test, cluster: {server: %q, certificate-authority: %q}}]
 users: [{name: %q, user: {client-certificate: %q, client-key: %q}}]
 contexts: [{name: test, context: {cluster: test, user: %q}}]
 current-context: test
-`, server, p.path("ca.crt"), name, p.path(name+".crt"), p.path(name+".key"), name)
+`, server, p.path("ca.crt"), holder, p.path(holder+".crt"), p.path(holder+".key"), holder)
 	return path, os.WriteFile(path, []byte(text), 0o600)
+}
+
+// client is an HTTP client that presents the certificate NAME. Connections are not kept: the server is killed now and then.
+func (p *pki) client(name string) (*http.Client, error) {
+	pair, err := tls.LoadX509KeyPair(p.path(name+".crt"), p.path(name+".key"))
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(p.cert)
+	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}}}, nil
 }
 
 func writePair(base string, der []byte, key *ecdsa.PrivateKey) error {

@@ -3,42 +3,41 @@ package main
 import (
 	"bufio"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
-	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync"
 	"syscall"
-	"time"
 )
 
-// readyWithin bounds the wait for each part: ready in about 5 s on two idle cores, so a minute means that it hangs.
-const readyWithin = 90 * time.Second
+// Names of what runs. A second API server is made by `add kube-apiserver`.
+const (
+	etcdName      = "etcd"
+	apiserverName = "kube-apiserver"
+	secondName    = "kube-apiserver-2"
+	managerName   = "kube-controller-manager"
+	schedulerName = "kube-scheduler"
+)
 
 // options of `serve`.
 type options struct {
-	dir, bind string
-	port      int
-	services  string
-	pods      string
-	nodes     string
-	scheduler bool
-	apiserver string
+	dir, bind, advertise         string
+	port                         int
+	services, pods, nodes, names string
+	scheduler, remove            bool
+	apiserver, controllers       string
 }
 
-// ready is the one line that `serve` prints.
+// ready is the first line that `serve` prints.
 type ready struct {
 	Server     string            `json:"server"`
 	Kubeconfig string            `json:"kubeconfig"`
@@ -50,14 +49,18 @@ type ready struct {
 func serve(args []string) int {
 	var o options
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
-	flags.StringVar(&o.dir, "dir", "", "directory for data, certificates and logs (required; removed by the caller)")
-	flags.StringVar(&o.bind, "bind", "127.0.0.1", "address of the API server")
+	flags.StringVar(&o.dir, "dir", "", "directory for data, certificates and logs (required)")
+	flags.BoolVar(&o.remove, "remove", false, "remove the directory at the end")
+	flags.StringVar(&o.bind, "bind", "127.0.0.1", "address of the API server, IPv4 or IPv6; :: with --advertise for both families")
+	flags.StringVar(&o.advertise, "advertise", "", "address that clients and Service kubernetes use, if not that of --bind")
 	flags.IntVar(&o.port, "port", 0, "port of the API server; 0 takes a free one")
-	flags.StringVar(&o.services, "service-cidr", "10.96.0.0/16,fd00:10:96::/112", "ranges of ClusterIPs")
-	flags.StringVar(&o.pods, "pod-cidr", "10.244.0.0/16,fd00:10:244::/56", "ranges of pods, for the node CIDR controller")
+	flags.StringVar(&o.services, "service-cidr", "10.96.0.0/16,fd00:10:96::/112", "ranges of ClusterIPs; the first is of the family of the API server's address")
+	flags.StringVar(&o.pods, "pod-cidr", "10.244.0.0/16,fd00:10:244::/56", "ranges of pods, for the node CIDR controller; empty: nodes get none")
 	flags.StringVar(&o.nodes, "nodes", "", "nodes to issue kubelet certificates for, comma separated")
+	flags.StringVar(&o.names, "san", "", "further names and addresses in the API server's certificate, comma separated")
 	flags.BoolVar(&o.scheduler, "scheduler", false, "run kube-scheduler too")
 	flags.StringVar(&o.apiserver, "apiserver-flags", "", "further flags of kube-apiserver, space separated")
+	flags.StringVar(&o.controllers, "controller-flags", "", "further flags of kube-controller-manager, space separated")
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
@@ -65,92 +68,95 @@ func serve(args []string) int {
 		fmt.Fprintln(os.Stderr, self+": serve needs --dir")
 		return 2
 	}
+	if o.advertise == "" {
+		o.advertise = o.bind
+	}
+	dir, err := filepath.Abs(o.dir)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, self+": "+err.Error())
+		return 1
+	}
+	o.dir = dir
 	runtime.LockOSThread() // Pdeathsig fires when the thread that forked ends: this one ends with the process
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	go func() { // whoever started us is gone when our standard input is
-		_, _ = io.Copy(io.Discard, os.Stdin)
-		stop()
-	}()
-	if err := run(ctx, o); err != nil && !errors.Is(err, context.Canceled) {
+	if o.remove {
+		defer os.RemoveAll(dir)
+	}
+	if err := run(ctx, stop, o); err != nil && !errors.Is(err, context.Canceled) {
+		say(answer{Error: err.Error()})
 		fmt.Fprintln(os.Stderr, self+": "+err.Error())
 		return 1
 	}
 	return 0
 }
 
-func run(ctx context.Context, o options) error {
-	dir, err := filepath.Abs(o.dir)
+// say prints one line of JSON.
+func say(value any) {
+	if line, err := json.Marshal(value); err == nil {
+		fmt.Println(string(line))
+	}
+}
+
+func run(ctx context.Context, stop context.CancelFunc, o options) error {
+	ports, err := freePorts(o.bind, o.port)
 	if err != nil {
 		return err
 	}
-	ports, err := freePorts(o.bind, 5)
+	url := func(port int) string { return "https://" + net.JoinHostPort(o.advertise, fmt.Sprint(port)) }
+	certificates, configs, err := credentials(url(ports.api), o)
 	if err != nil {
 		return err
 	}
-	if o.port != 0 {
-		ports[0] = o.port
-	}
-	server := "https://" + net.JoinHostPort(o.bind, fmt.Sprint(ports[0]))
-	certificates, configs, err := credentials(dir, server, o)
+	admin, err := certificates.client("admin")
 	if err != nil {
 		return err
 	}
-	c := &children{dir: dir, pids: map[string]int{}, died: make(chan error, 8)}
+	c := &children{dir: o.dir, died: make(chan error, 1)}
 	defer c.stop()
+	p := &plane{children: c, pki: certificates, admin: admin, server: url(ports.api), etcd: fmt.Sprintf("http://127.0.0.1:%d", ports.etcd), stop: stop}
+	lines := p.listen(ctx)
 
-	etcd := fmt.Sprintf("http://127.0.0.1:%d", ports[1])
-	peer := fmt.Sprintf("http://127.0.0.1:%d", ports[2])
+	peer := fmt.Sprintf("http://127.0.0.1:%d", ports.peer)
 	// The data is thrown away with the test: fsync would only measure the disk.
-	if err := c.start("etcd", "--name=test", "--data-dir="+filepath.Join(dir, "etcd"), "--unsafe-no-fsync", "--log-level=warn",
-		"--listen-client-urls="+etcd, "--advertise-client-urls="+etcd, "--listen-peer-urls="+peer,
-		"--initial-advertise-peer-urls="+peer, "--initial-cluster=test="+peer); err != nil {
-		return err
-	}
-	if err := c.wait(ctx, "etcd", http.DefaultClient, etcd+"/health"); err != nil {
-		return err
-	}
-
-	pem := certificates.path
-	flags := []string{"--etcd-servers=" + etcd, "--bind-address=" + o.bind, fmt.Sprintf("--secure-port=%d", ports[0]),
-		"--tls-cert-file=" + pem("apiserver.crt"), "--tls-private-key-file=" + pem("apiserver.key"), "--client-ca-file=" + pem("ca.crt"),
-		"--service-account-issuer=https://kubernetes.default.svc.cluster.local", "--service-account-key-file=" + pem("sa.pub"),
-		"--service-account-signing-key-file=" + pem("sa.key"), "--kubelet-client-certificate=" + pem("apiserver-kubelet.crt"),
-		"--kubelet-client-key=" + pem("apiserver-kubelet.key"), "--kubelet-preferred-address-types=InternalIP,Hostname",
-		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--allow-privileged=true",
-		"--service-cluster-ip-range=" + o.services, "--profiling=false", "--v=1"}
-	if a, err := netip.ParseAddr(o.bind); err == nil && a.IsLoopback() {
-		// A loopback address cannot be an endpoint of Service kubernetes.
-		flags = append(flags, "--endpoint-reconciler-type=none")
-	} else {
-		flags = append(flags, "--advertise-address="+o.bind, "--endpoint-reconciler-type=lease")
-	}
-	flags = append(flags, strings.Fields(o.apiserver)...)
-	if err := c.start("kube-apiserver", flags...); err != nil {
-		return err
-	}
-	client, err := certificates.client("admin")
+	c.add(etcdName, probe{http.DefaultClient, p.etcd + "/health"}, "--name=test", "--data-dir="+filepath.Join(o.dir, "etcd"),
+		"--unsafe-no-fsync", "--log-level=warn", "--listen-client-urls="+p.etcd, "--advertise-client-urls="+p.etcd,
+		"--listen-peer-urls="+peer, "--initial-advertise-peer-urls="+peer, "--initial-cluster=test="+peer)
+	flags, err := apiserverFlags(certificates.path, p.etcd, o)
 	if err != nil {
 		return err
 	}
-	if err := c.wait(ctx, "kube-apiserver", client, server+"/readyz"); err != nil {
-		return err
+	port := func(n int) string { return fmt.Sprintf("--secure-port=%d", n) }
+	c.add(apiserverName, probe{admin, url(ports.api) + "/readyz"}, append(flags, port(ports.api))...)
+	c.add(secondName, probe{admin, url(ports.second) + "/readyz"}, append(flags, port(ports.second))...)
+	p.second, p.secondConfig = url(ports.second), func() (string, error) {
+		return certificates.kubeconfig(secondName, "admin", url(ports.second))
 	}
+	pem := certificates.path
+	flags = []string{"--kubeconfig=" + configs[managerName], "--leader-elect=false", "--use-service-account-credentials=true",
+		"--service-account-private-key-file=" + pem("sa.key"), "--root-ca-file=" + pem("ca.crt"), "--bind-address=127.0.0.1",
+		port(ports.manager), "--service-cluster-ip-range=" + o.services, "--v=1"}
+	if o.pods != "" {
+		flags = append(flags, "--allocate-node-cidrs=true", "--cluster-cidr="+o.pods)
+		flags = append(flags, nodeMasks(o.pods)...)
+	}
+	flags = append(flags, strings.Fields(o.controllers)...)
+	c.add(managerName, probe{unverified(), fmt.Sprintf("https://127.0.0.1:%d/healthz", ports.manager)}, flags...)
+	c.add(schedulerName, probe{unverified(), fmt.Sprintf("https://127.0.0.1:%d/healthz", ports.scheduler)},
+		"--kubeconfig="+configs[schedulerName], "--leader-elect=false", "--bind-address=127.0.0.1", port(ports.scheduler), "--v=1")
 
-	if err := c.start("kube-controller-manager", "--kubeconfig="+configs["kube-controller-manager"], "--leader-elect=false",
-		"--use-service-account-credentials=true", "--service-account-private-key-file="+pem("sa.key"), "--root-ca-file="+pem("ca.crt"),
-		"--bind-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", ports[3]), "--allocate-node-cidrs=true", "--cluster-cidr="+o.pods,
-		"--service-cluster-ip-range="+o.services, "--node-cidr-mask-size-ipv4=24", "--node-cidr-mask-size-ipv6=64", "--v=1"); err != nil {
-		return err
-	}
+	parts := []string{etcdName, apiserverName, managerName}
 	if o.scheduler {
-		if err := c.start("kube-scheduler", "--kubeconfig="+configs["kube-scheduler"], "--leader-elect=false",
-			"--bind-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", ports[4]), "--v=1"); err != nil {
+		parts = append(parts, schedulerName)
+	}
+	for _, name := range parts {
+		if err := c.start(ctx, name); err != nil {
 			return err
 		}
 	}
-	// A ServiceAccount in `default` shows that the controllers run.
-	if err := c.wait(ctx, "kube-controller-manager", client, server+"/api/v1/namespaces/default/serviceaccounts/default"); err != nil {
+	// A ServiceAccount in `default` shows that the controllers act.
+	account := probe{admin, p.server + "/api/v1/namespaces/default/serviceaccounts/default"}
+	if err := c.wait(ctx, managerName, account); err != nil {
 		return err
 	}
 
@@ -158,28 +164,96 @@ func run(ctx context.Context, o options) error {
 	for _, n := range splitList(o.nodes) {
 		nodes[n] = configs[n]
 	}
-	line, err := json.Marshal(ready{Server: server, Kubeconfig: configs["admin"], CA: pem("ca.crt"), Nodes: nodes, Pids: c.pids})
-	if err != nil {
-		return err
-	}
-	fmt.Println(string(line))
-	select {
-	case <-ctx.Done():
-		return nil
-	case err := <-c.died:
-		return err
+	say(ready{Server: p.server, Kubeconfig: configs["admin"], CA: pem("ca.crt"), Nodes: nodes, Pids: c.pids()})
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-c.died:
+			return err
+		case line := <-lines:
+			say(p.obey(ctx, line))
+		}
 	}
 }
 
+// listen reads lines of standard input; when it ends, whoever started us is gone.
+func (p *plane) listen(ctx context.Context) <-chan string {
+	lines := make(chan string)
+	go func() {
+		for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+			select {
+			case lines <- in.Text():
+			case <-ctx.Done():
+				return
+			}
+		}
+		if !p.kept.Load() {
+			p.stop()
+		}
+	}()
+	return lines
+}
+
+func apiserverFlags(pem func(string) string, etcd string, o options) ([]string, error) {
+	advertised, err := netip.ParseAddr(o.advertise)
+	if err != nil {
+		return nil, fmt.Errorf("--bind, --advertise: %w", err)
+	}
+	flags := []string{"--etcd-servers=" + etcd, "--bind-address=" + o.bind,
+		"--tls-cert-file=" + pem("apiserver.crt"), "--tls-private-key-file=" + pem("apiserver.key"), "--client-ca-file=" + pem("ca.crt"),
+		"--service-account-issuer=" + issuer, "--service-account-key-file=" + pem("sa.pub"),
+		"--service-account-signing-key-file=" + pem("sa.key"), "--kubelet-client-certificate=" + pem("apiserver-kubelet.crt"),
+		"--kubelet-client-key=" + pem("apiserver-kubelet.key"), "--kubelet-preferred-address-types=InternalIP,Hostname",
+		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--allow-privileged=true",
+		"--service-cluster-ip-range=" + o.services, "--profiling=false", "--v=1",
+		// Without it a server that is asked to end keeps its watches open for a minute.
+		"--shutdown-watch-termination-grace-period=2s"}
+	if !advertised.IsLoopback() {
+		flags = append(flags, "--advertise-address="+o.advertise, "--endpoint-reconciler-type=lease")
+	} else {
+		// A loopback address cannot be an endpoint of Service kubernetes, so there is none. The server asks for an address all
+		// the same, of the family of the first service range; a namespace without routes has none to find.
+		documentation := "192.0.2.1"
+		if strings.Contains(strings.Split(o.services, ",")[0], ":") {
+			documentation = "2001:db8::1"
+		}
+		flags = append(flags, "--advertise-address="+documentation, "--endpoint-reconciler-type=none")
+	}
+	return append(flags, strings.Fields(o.apiserver)...), nil
+}
+
+// nodeMasks gives each node a /24 and a /64, of the families that the pods have; one range alone has a flag of its own name.
+func nodeMasks(pods string) []string {
+	ranges := splitList(pods)
+	mask := func(cidr string) string {
+		if strings.Contains(cidr, ":") {
+			return "64"
+		}
+		return "24"
+	}
+	if len(ranges) == 1 {
+		return []string{"--node-cidr-mask-size=" + mask(ranges[0])}
+	}
+	return []string{"--node-cidr-mask-size-ipv4=24", "--node-cidr-mask-size-ipv6=64"}
+}
+
 // credentials makes the authority, a certificate and a kubeconfig for everybody.
-func credentials(dir, server string, o options) (*pki, map[string]string, error) {
-	p, err := newPKI(filepath.Join(dir, "pki"))
+func credentials(server string, o options) (*pki, map[string]string, error) {
+	p, err := newPKI(filepath.Join(o.dir, "pki"))
 	if err != nil {
 		return nil, nil, err
 	}
-	apiserver := identity{user: "kube-apiserver",
+	apiserver := identity{user: apiserverName,
 		names: []string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
-		ips:   []net.IP{net.ParseIP("127.0.0.1"), net.IPv6loopback, net.ParseIP(o.bind)}}
+		ips:   []net.IP{net.ParseIP("127.0.0.1"), net.IPv6loopback}}
+	for _, name := range append(splitList(o.names), o.bind, o.advertise) {
+		if ip := net.ParseIP(name); ip != nil {
+			apiserver.ips = append(apiserver.ips, ip)
+		} else {
+			apiserver.names = append(apiserver.names, name)
+		}
+	}
 	for _, cidr := range splitList(o.services) {
 		prefix, err := netip.ParsePrefix(cidr)
 		if err != nil {
@@ -188,11 +262,11 @@ func credentials(dir, server string, o options) (*pki, map[string]string, error)
 		apiserver.ips = append(apiserver.ips, net.IP(prefix.Masked().Addr().Next().AsSlice()))
 	}
 	holders := map[string]identity{
-		"apiserver":               apiserver,
-		"apiserver-kubelet":       {user: "apiserver-kubelet-client", groups: []string{"system:masters"}},
-		"admin":                   {user: "admin", groups: []string{"system:masters"}},
-		"kube-controller-manager": {user: "system:kube-controller-manager"},
-		"kube-scheduler":          {user: "system:kube-scheduler"},
+		"apiserver":         apiserver,
+		"apiserver-kubelet": {user: "apiserver-kubelet-client", groups: []string{"system:masters"}},
+		"admin":             {user: "admin", groups: []string{"system:masters"}},
+		managerName:         {user: "system:kube-controller-manager"},
+		schedulerName:       {user: "system:kube-scheduler"},
 	}
 	for _, n := range splitList(o.nodes) {
 		holders[n] = identity{user: "system:node:" + n, groups: []string{"system:nodes"}}
@@ -202,128 +276,60 @@ func credentials(dir, server string, o options) (*pki, map[string]string, error)
 		if err := p.issue(name, id); err != nil {
 			return nil, nil, err
 		}
-		if configs[name], err = p.kubeconfig(name, server); err != nil {
+		if configs[name], err = p.kubeconfig(name, name, server); err != nil {
 			return nil, nil, err
 		}
 	}
 	return p, configs, p.signingKey("sa")
 }
 
-// client is an HTTP client that presents the certificate NAME.
-func (p *pki) client(name string) (*http.Client, error) {
-	pair, err := tls.LoadX509KeyPair(p.path(name+".crt"), p.path(name+".key"))
+// ports that `serve` takes.
+type ports struct{ api, second, etcd, peer, manager, scheduler int }
+
+// freePorts finds ports that nobody has, below those that the kernel hands out: a client that dials a server which is away could
+// be given the server's own port, and would keep it from coming back.
+func freePorts(bind string, api int) (ports, error) {
+	var found ports
+	low, err := lowestEphemeral()
 	if err != nil {
-		return nil, err
+		return found, err
 	}
-	roots := x509.NewCertPool()
-	roots.AddCert(p.cert)
-	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}}}, nil
-}
-
-// children are the processes that this one started; they die with it.
-type children struct {
-	dir     string
-	running []*exec.Cmd
-	pids    map[string]int
-	died    chan error
-	ended   sync.WaitGroup
-}
-
-func (c *children) log(name string) string { return filepath.Join(c.dir, name+".log") }
-
-func (c *children) start(name string, flags ...string) error {
-	log, err := os.Create(c.log(name))
-	if err != nil {
-		return err
-	}
-	defer log.Close()
-	executable, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	command := exec.Command(executable, append([]string{name}, flags...)...)
-	command.Args[0] = self
-	command.Stdout, command.Stderr = log, log
-	command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := command.Start(); err != nil {
-		return err
-	}
-	c.running = append(c.running, command)
-	c.pids[name] = command.Process.Pid
-	c.ended.Add(1)
-	go func() {
-		defer c.ended.Done()
-		err := command.Wait()
-		c.died <- fmt.Errorf("%s ended (%v): %s", name, err, c.lastLine(name))
-	}()
-	return nil
-}
-
-// wait polls until the URL answers 200.
-func (c *children) wait(ctx context.Context, name string, client *http.Client, url string) error {
-	ctx, cancel := context.WithTimeout(ctx, readyWithin)
-	defer cancel()
-	tick := time.NewTicker(50 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-		if err != nil {
-			return err
-		}
-		if answer, err := client.Do(request); err == nil {
-			answer.Body.Close()
-			if answer.StatusCode == http.StatusOK {
+	taken := map[int]bool{api: true}
+	take := func(into *int, host string) error {
+		for range 1000 {
+			port := low/2 + rand.IntN(low/2)
+			if taken[port] {
+				continue
+			}
+			if l, err := net.Listen("tcp", net.JoinHostPort(host, fmt.Sprint(port))); err == nil {
+				l.Close()
+				taken[port], *into = true, port
 				return nil
 			}
 		}
-		select {
-		case err := <-c.died:
-			return err
-		case <-ctx.Done():
-			return fmt.Errorf("%s was not ready in time: %w; last words: %s", name, ctx.Err(), c.lastLine(name))
-		case <-tick.C:
-		}
+		return fmt.Errorf("%s: no free port between %d and %d", host, low/2, low)
 	}
+	const loopback = "127.0.0.1"
+	found.api = api
+	if api == 0 {
+		err = take(&found.api, bind)
+	}
+	return found, errors.Join(err, take(&found.second, bind), take(&found.etcd, loopback), take(&found.peer, loopback),
+		take(&found.manager, loopback), take(&found.scheduler, loopback))
 }
 
-func (c *children) lastLine(name string) string {
-	file, err := os.Open(c.log(name))
+// lowestEphemeral is the first port that the kernel gives to who asks for any.
+func lowestEphemeral() (int, error) {
+	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
 	if err != nil {
-		return err.Error()
+		return 0, err
 	}
-	defer file.Close()
-	last := ""
-	for lines := bufio.NewScanner(file); lines.Scan(); {
-		last = lines.Text()
+	var low int
+	if _, err := fmt.Sscan(string(text), &low); err != nil {
+		return 0, err
 	}
-	return last
-}
-
-// stop kills them, last first, and returns when they are gone: there is no state worth a graceful end.
-func (c *children) stop() {
-	for i := len(c.running) - 1; i >= 0; i-- {
-		_ = c.running[i].Process.Kill()
-	}
-	c.ended.Wait()
-}
-
-// freePorts asks the kernel for n ports that nobody has.
-func freePorts(bind string, n int) ([]int, error) {
-	ports := make([]int, n)
-	for i := range ports {
-		host := bind
-		if i > 0 {
-			host = "127.0.0.1"
-		}
-		l, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
-		if err != nil {
-			return nil, err
-		}
-		defer l.Close()
-		ports[i] = l.Addr().(*net.TCPAddr).Port
-	}
-	return ports, nil
+	// A pod's range may begin anywhere; whoever begins it at 1024 has to live with the risk.
+	return max(low, 16384), nil
 }
 
 func splitList(s string) []string {

@@ -5,3 +5,4 @@
 pub mod bench;
 pub mod control_plane;
 pub mod lab;
+pub mod watcher;

@@ -1,7 +1,9 @@
-//! `cargo xtask`: setup, test, lab, tidy, bench, ebpf, vm. Needs nothing but Rust to start; installs the rest by `setup`.
+//! `cargo xtask`: setup, test, lab, tidy, bench, ebpf, crds, peers, vm. Needs nothing but Rust to start; installs the rest by `setup`.
 
+mod apt;
 mod bench;
 mod command;
+mod crds;
 mod ebpf;
 mod lab;
 mod peers;
@@ -40,8 +42,14 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
-    /// Build the peers that Debian does not package: a Kubernetes control plane. Once, into the cache.
-    Peers,
+    /// Write the CustomResourceDefinitions in deploy/crds/ as the Rust types have them.
+    Crds {
+        /// Compare with the committed ones; change nothing.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Build the peers that Debian does not package in a current version: Kubernetes, containerd, CoreDNS and so on. Once, into the cache.
+    Peers(peers::Arguments),
     /// Run a test binary under another kernel.
     Vm(vm::Arguments),
 }
@@ -54,7 +62,8 @@ fn main() -> ExitCode {
         Task::Tidy => tidy::run(),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Ebpf { check } => ebpf::ebpf(check),
-        Task::Peers => peers::run(),
+        Task::Crds { check } => crds::crds(check),
+        Task::Peers(arguments) => peers::run(&arguments),
         // Its exit status is the command's.
         Task::Vm(arguments) => match vm::run(&arguments) {
             Ok(status) => return status,

@@ -1,7 +1,7 @@
 //! `cargo xtask tidy`: what reviewers would otherwise have to look for.
 //!
 //! The arrows between crates, the purity of the cores, module docs, where `unsafe` may stand, lengths of files, ledgers whose
-//! tests exist, and words that belong to one machine. Everything wrong is reported at once.
+//! tests exist, committed definitions that the types still say, and words that belong to one machine. Everything wrong is reported at once.
 
 mod arrows;
 mod ledgers;
@@ -9,7 +9,7 @@ mod sources;
 
 use anyhow::{Result, bail};
 
-use crate::command;
+use crate::{command, crds};
 
 pub(crate) fn run() -> Result<()> {
     let root = command::root();
@@ -22,6 +22,7 @@ pub(crate) fn run() -> Result<()> {
     let files = sources::rust_files(&root)?;
     sources::check(&root, &files, &mut wrong)?;
     ledgers::check(&root, &mut wrong)?;
+    crds::differences(&root, &mut wrong)?;
     if wrong.is_empty() {
         println!("tidy: {} source files, all in order", files.len());
         return Ok(());

@@ -7,12 +7,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use kun_config::Faults;
-use kun_config::types::{BlockId, Slot};
 use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents};
 
+use crate::crd::{self, Definition, How};
 use crate::{
-    Endpoint, EndpointPort, EndpointSlice, IpFamily, IpPool, IpamBlock, Meta, Namespace, Node,
-    Object, ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
+    Endpoint, EndpointPort, EndpointSlice, IpFamily, Kind, Lease, Meta, Namespace, Node, Object,
+    ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
 };
 
 /// Session affinity without a timeout: three hours (core/v1 ClientIPConfig).
@@ -47,7 +47,7 @@ pub struct Manifest {
 pub struct Interner(HashSet<Arc<str>>);
 
 impl Interner {
-    fn get(&mut self, text: &str) -> Arc<str> {
+    pub(crate) fn get(&mut self, text: &str) -> Arc<str> {
         if let Some(known) = self.0.get(text) {
             return Arc::clone(known);
         }
@@ -60,8 +60,14 @@ impl Interner {
     }
 }
 
+/// Who wrote what is read.
+enum Writer {
+    File(Arc<str>),
+    Server,
+}
+
 struct Reader<'r> {
-    path: Arc<str>,
+    writer: Writer,
     names: &'r mut Interner,
     manifest: Manifest,
 }
@@ -76,7 +82,7 @@ pub fn parse_with(names: &mut Interner, file_name: &str, text: &str) -> Result<M
     let trees = documents(file_name, text).map_err(|fault| Faults(vec![fault]))?;
     let sink = Sink::new(file_name);
     let mut reader = Reader {
-        path: Arc::from(file_name),
+        writer: Writer::File(Arc::from(file_name)),
         names,
         manifest: Manifest::default(),
     };
@@ -89,6 +95,33 @@ pub fn parse_with(names: &mut Interner, file_name: &str, text: &str) -> Result<M
     } else {
         Err(faults)
     }
+}
+
+/// What came of one object of the API.
+#[derive(Debug)]
+pub struct Reading {
+    /// The object; `None` without faults: none that kun reads, such as a slice of no service.
+    pub object: Option<Object>,
+    /// What is wrong with it. Of kinds that are Kubernetes' own the API server is the judge: a value that kun does not know is
+    /// left out with the part that it makes unusable (a port, an address), and the rest is used.
+    pub faults: Faults,
+}
+
+/// Reads one object of an API answer by the same rules as a manifest; `title` names it in faults.
+pub fn read_api(names: &mut Interner, kind: Kind, title: &str, tree: &Tree<'_>) -> Reading {
+    let sink = Sink::new(title);
+    let mut reader = Reader {
+        writer: Writer::Server,
+        names,
+        manifest: Manifest::default(),
+    };
+    reader.document(tree, &sink);
+    let (mut faults, _) = sink.into_parts();
+    // An answer has no lines; a path says it all.
+    faults.0.iter_mut().for_each(|fault| fault.at = None);
+    let object = reader.manifest.objects.pop();
+    let object = object.filter(|_| faults.0.is_empty() || !crate::Resource::of(kind).is_ours());
+    Reading { object, faults }
 }
 
 /// How deep a `List` may hold `List`s; kubectl writes one level.
@@ -112,11 +145,8 @@ impl Reader<'_> {
             );
             return;
         };
-        let group = api
-            .as_deref()
-            .unwrap_or("v1")
-            .rsplit_once('/')
-            .map_or("", |(group, _)| group);
+        let api = api.as_deref().unwrap_or("v1");
+        let (group, version) = api.rsplit_once('/').unwrap_or(("", api));
         match (group, &*kind) {
             (_, list) if list.ends_with("List") => {
                 if lists == MAX_LISTS {
@@ -158,22 +188,32 @@ impl Reader<'_> {
                     .objects
                     .extend(object.map(|o| Object::Namespace(Arc::new(o))));
             }
-            ("kun.network", "IPPool") => {
-                let object = self.pool(f, line).map(|o| Object::IpPool(Arc::new(o)));
+            ("coordination.k8s.io", "Lease") => {
+                let object = self.lease(&f, line).map(|o| Object::Lease(Arc::new(o)));
                 self.manifest.objects.extend(object);
             }
-            ("kun.network", "IPAMBlock") => {
-                let object = self.block(f, line).map(|o| Object::IpamBlock(Arc::new(o)));
-                self.manifest.objects.extend(object);
-            }
+            (crd::GROUP, _) if version != crd::VERSION => c.fault(
+                format_args!("no version `{version}` of kun.network"),
+                format_args!("write apiVersion: {}/{}", crd::GROUP, crd::VERSION),
+            ),
             ("kun.network", "ServiceAddress") => {
                 let address = self.service_address(f, line);
                 self.manifest.addresses.extend(address);
             }
-            ("kun.network", other) => c.fault(
-                format_args!("no kind `{other}` in kun.network/v1alpha1"),
-                "write IPPool, IPAMBlock or ServiceAddress",
-            ),
+            (crd::GROUP, other) => match crd::definition(other) {
+                Some(definition) => {
+                    let object = self.custom(f, line, definition);
+                    self.manifest.objects.extend(object);
+                }
+                None => {
+                    let kinds = crd::DEFINITIONS.iter().map(|d| d.kind);
+                    let kinds: Vec<&str> = kinds.chain(["ServiceAddress"]).collect();
+                    c.fault(
+                        format_args!("no kind `{other}` in kun.network/v1alpha1"),
+                        format_args!("known here: {}", kinds.join(", ")),
+                    );
+                }
+            },
             _ => self.manifest.ignored += 1,
         }
     }
@@ -214,9 +254,18 @@ impl Reader<'_> {
                 .into(),
             labels,
             annotations,
-            origin: Origin::File {
-                path: Arc::clone(&self.path),
-                line,
+            origin: match &self.writer {
+                Writer::File(path) => Origin::File {
+                    path: Arc::clone(path),
+                    line,
+                },
+                Writer::Server => Origin::Api {
+                    resource_version: m
+                        .get("resourceVersion")
+                        .and_then(|c| c.text())
+                        .unwrap_or_default()
+                        .into(),
+                },
             },
         })
     }
@@ -279,11 +328,13 @@ impl Reader<'_> {
                 .and_then(|c: Cursor<'_, '_>| c.choice(&choices))
                 .unwrap_or_default()
         };
+        let (load_balancer_ips, load_balancer_named) = load_balancer(f);
         Some(Service {
             kind: kind.unwrap_or(ServiceType::ClusterIp),
             cluster_ips,
             families: families.unwrap_or_default(),
-            load_balancer_ips: load_balancer_ips(f),
+            load_balancer_ips,
+            load_balancer_named,
             load_balancer_class: spec
                 .get("loadBalancerClass")
                 .and_then(|c| c.text())
@@ -307,7 +358,7 @@ impl Reader<'_> {
             name: self
                 .names
                 .get(f.get("name").and_then(|c| c.text()).unwrap_or_default()),
-            protocol: protocol(f),
+            protocol: protocol(f)?,
             port: port(&f.require("port", "a port has a number")?)?,
             node_port: f
                 .get("nodePort")
@@ -354,7 +405,7 @@ impl Reader<'_> {
             name: self
                 .names
                 .get(f.get("name").and_then(|c| c.text()).unwrap_or_default()),
-            protocol: protocol(f),
+            protocol: protocol(f)?,
             port: port(&f.get("port")?)?,
         })
     }
@@ -477,77 +528,48 @@ impl Reader<'_> {
         Some(pod)
     }
 
-    fn pool(&mut self, f: Fields<'_, '_>, line: u32) -> Option<IpPool> {
-        let meta = self.meta(&f, line, false)?;
-        let spec = f
-            .require(
-                "spec",
-                "an IPPool has a spec with `pods`, `services`, or both",
-            )?
-            .fields();
-        let mut pool = IpPool {
+    fn lease(&mut self, f: &Fields<'_, '_>, line: u32) -> Option<Lease> {
+        let meta = self.meta(f, line, true)?;
+        let mut lease = Lease {
             meta,
-            pods: Vec::new(),
-            services_v4: Vec::new(),
-            services_v6: Vec::new(),
+            holder: None,
+            duration_secs: None,
+            acquire_time: None,
+            renew_time: None,
+            transitions: 0,
         };
-        if let Some(list) = spec.get("pods") {
-            for c in list.elements() {
-                let Some(net) = c.v4_net() else { continue };
-                if net.prefix_len() > 26 {
-                    c.fault(
-                        format_args!("{net} is smaller than a block"),
-                        "write a /26 or larger: blocks have 64 slots",
-                    );
-                }
-                pool.pods.push(net);
-            }
+        if let Some(spec) = f.get("spec") {
+            let spec = spec.fields();
+            let text = |field| {
+                let text = spec.get(field).and_then(|c: Cursor<'_, '_>| c.text())?;
+                (!text.is_empty()).then(|| Arc::from(text))
+            };
+            lease.holder = text("holderIdentity");
+            lease.acquire_time = text("acquireTime");
+            lease.renew_time = text("renewTime");
+            let count = |field| {
+                let c: Cursor<'_, '_> = spec.get(field)?;
+                c.count(0, i32::MAX as u32)
+            };
+            lease.duration_secs = count("leaseDurationSeconds");
+            lease.transitions = count("leaseTransitions").unwrap_or_default();
         }
-        if let Some(c) = spec.get("services") {
-            let services = c.fields();
-            if let Some(list) = services.get("v4") {
-                pool.services_v4 = list.elements().filter_map(|c| c.v4_net()).collect();
-            }
-            if let Some(list) = services.get("v6") {
-                pool.services_v6 = list.elements().filter_map(|c| c.v6_net()).collect();
-            }
-            services.finish();
-        }
-        spec.finish();
-        finish(f);
-        Some(pool)
+        Some(lease)
     }
 
-    fn block(&mut self, f: Fields<'_, '_>, line: u32) -> Option<IpamBlock> {
-        let meta = self.meta(&f, line, false)?;
-        let spec = f
-            .require("spec", "an IPAMBlock has a spec with `first` and `node`")?
-            .fields();
-        let block = spec
-            .require("first", "write the block's first slot, such as 10.64.0.0")
-            .and_then(|c| {
-                let first = c.v4()?;
-                let block = BlockId::new(Slot::from(first));
-                if block.is_none() {
-                    let aligned = Slot::from(first).block();
-                    c.fault(
-                        format_args!("{first} is not a multiple of 64"),
-                        format_args!("write {}", aligned.first()),
-                    );
-                }
-                block
-            });
-        let node = spec
-            .require("node", "write the name of the Node that owns it")
-            .and_then(|c| c.object_name());
-        let node = node.map(|node| self.names.get(&node));
-        spec.finish();
-        finish(f);
-        Some(IpamBlock {
-            meta,
-            block: block?,
-            node: node?,
-        })
+    fn custom(
+        &mut self,
+        f: Fields<'_, '_>,
+        line: u32,
+        definition: &'static Definition,
+    ) -> Option<Object> {
+        let meta = self.meta(&f, line, definition.namespaced);
+        let how = match self.writer {
+            Writer::File(_) => How::FOLDER,
+            Writer::Server => How::API,
+        };
+        let object = definition.read(&f, meta?, how);
+        finish(f).then_some(object?)
     }
 
     fn service_address(&mut self, f: Fields<'_, '_>, line: u32) -> Option<ServiceAddress> {
@@ -578,12 +600,12 @@ impl Reader<'_> {
 }
 
 /// Our kinds have these fields at their top, and no others.
-fn finish(f: Fields<'_, '_>) {
+fn finish(f: Fields<'_, '_>) -> bool {
     f.get("apiVersion");
     f.get("kind");
     f.get("metadata");
     f.get("status");
-    f.finish();
+    f.finish()
 }
 
 fn is_known_annotation(key: &str) -> bool {
@@ -600,20 +622,24 @@ fn cluster_ip(c: &Cursor<'_, '_>) -> Option<IpAddr> {
     }
 }
 
-fn load_balancer_ips(f: &Fields<'_, '_>) -> Vec<IpAddr> {
+/// Addresses of status.loadBalancer.ingress, and whether an entry has none.
+fn load_balancer(f: &Fields<'_, '_>) -> (Vec<IpAddr>, bool) {
+    let none = (Vec::new(), false);
     let Some(status) = f.get("status") else {
-        return Vec::new();
+        return none;
     };
     let status = status.fields();
     let Some(balancer) = status.get("loadBalancer") else {
-        return Vec::new();
+        return none;
     };
     let balancer = balancer.fields();
     let Some(list) = balancer.get("ingress") else {
-        return Vec::new();
+        return none;
     };
     let ip = |c: Cursor<'_, '_>| c.fields().get("ip").and_then(|c| c.ip());
-    list.elements().filter_map(ip).collect()
+    let entries: Vec<Option<IpAddr>> = list.elements().map(ip).collect();
+    let named = entries.contains(&None);
+    (entries.into_iter().flatten().collect(), named)
 }
 
 fn affinity_timeout(spec: &Fields<'_, '_>) -> u32 {
@@ -632,15 +658,17 @@ fn affinity_timeout(spec: &Fields<'_, '_>) -> u32 {
     timeout.unwrap_or(AFFINITY_DEFAULT)
 }
 
-fn protocol(f: &Fields<'_, '_>) -> Protocol {
+/// TCP where none is given; `None`: one that kun does not know, and no reason to call it TCP.
+fn protocol(f: &Fields<'_, '_>) -> Option<Protocol> {
     let choices = [
         ("TCP", Protocol::Tcp),
         ("UDP", Protocol::Udp),
         ("SCTP", Protocol::Sctp),
     ];
-    f.get("protocol")
-        .and_then(|c| c.choice(&choices))
-        .unwrap_or(Protocol::Tcp)
+    match f.get("protocol") {
+        Some(c) => c.choice(&choices),
+        None => Some(Protocol::Tcp),
+    }
 }
 
 fn port(c: &Cursor<'_, '_>) -> Option<u16> {

@@ -3,10 +3,19 @@
 
 #![forbid(unsafe_code)]
 
+pub mod crd;
 mod kubernetes;
 mod model;
+mod resource;
 mod store;
+mod wanted;
+pub mod watch;
 
-pub use kubernetes::{Interner, Manifest, ServiceAddress, parse_manifest, parse_with};
+pub use crd::{IpPool, IpamBlock};
+pub use kubernetes::{
+    Interner, Manifest, Reading, ServiceAddress, parse_manifest, parse_with, read_api,
+};
 pub use model::*;
+pub use resource::{KUN_GROUP, Resource};
 pub use store::Store;
+pub use wanted::{Scope, Wanted};

@@ -5,8 +5,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use ipnet::{Ipv4Net, Ipv6Net};
-use kun_config::types::BlockId;
+use crate::crd::{IpPool, IpamBlock};
 
 /// namespace/name; cluster-scoped objects have an empty namespace.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -154,6 +153,8 @@ pub struct Service {
     pub families: Vec<IpFamily>,
     /// status.loadBalancer.ingress[].ip; in a folder, else what the ServiceAddress of its name says.
     pub load_balancer_ips: Vec<IpAddr>,
+    /// status.loadBalancer.ingress has an entry without an address: the host name of another implementation's balancer.
+    pub load_balancer_named: bool,
     /// spec.loadBalancerClass: whose business its address is; `None`: the default implementation's.
     pub load_balancer_class: Option<Arc<str>>,
     /// spec.externalName
@@ -272,28 +273,21 @@ pub struct Namespace {
     pub meta: Meta,
 }
 
-/// IPPool (`kun.network/v1alpha1`): where blocks and virtual addresses come from.
+/// A Lease (`coordination.k8s.io/v1`). Its times are the holder's clock: they are compared with each other, never with ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IpPool {
-    /// Name, labels, origin.
-    pub meta: Meta,
-    /// spec.pods: IPv4 ranges cut into blocks (real ones give dual slots, 240.0.0.0/4 IPv6-only ones).
-    pub pods: Vec<Ipv4Net>,
-    /// spec.services.v4: addresses for LoadBalancer services.
-    pub services_v4: Vec<Ipv4Net>,
-    /// spec.services.v6
-    pub services_v6: Vec<Ipv6Net>,
-}
-
-/// IPAMBlock (`kun.network/v1alpha1`): a block and the node that owns it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IpamBlock {
+pub struct Lease {
     /// Name, origin.
     pub meta: Meta,
-    /// spec.first: the first slot, as an IPv4 address.
-    pub block: BlockId,
-    /// spec.node
-    pub node: Arc<str>,
+    /// spec.holderIdentity
+    pub holder: Option<Arc<str>>,
+    /// spec.leaseDurationSeconds
+    pub duration_secs: Option<u32>,
+    /// spec.acquireTime, as written.
+    pub acquire_time: Option<Arc<str>>,
+    /// spec.renewTime, as written.
+    pub renew_time: Option<Arc<str>>,
+    /// spec.leaseTransitions
+    pub transitions: u32,
 }
 
 /// Any object.
@@ -305,6 +299,7 @@ pub enum Object {
     Node(Arc<Node>),
     Pod(Arc<Pod>),
     Namespace(Arc<Namespace>),
+    Lease(Arc<Lease>),
     IpPool(Arc<IpPool>),
     IpamBlock(Arc<IpamBlock>),
 }
@@ -318,8 +313,25 @@ pub enum Kind {
     Node,
     Pod,
     Namespace,
+    Lease,
     IpPool,
     IpamBlock,
+}
+
+impl Kind {
+    /// As manifests write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Service => "Service",
+            Kind::EndpointSlice => "EndpointSlice",
+            Kind::Node => "Node",
+            Kind::Pod => "Pod",
+            Kind::Namespace => "Namespace",
+            Kind::Lease => "Lease",
+            Kind::IpPool => "IPPool",
+            Kind::IpamBlock => "IPAMBlock",
+        }
+    }
 }
 
 impl Object {
@@ -331,6 +343,7 @@ impl Object {
             Object::Node(o) => &o.meta,
             Object::Pod(o) => &o.meta,
             Object::Namespace(o) => &o.meta,
+            Object::Lease(o) => &o.meta,
             Object::IpPool(o) => &o.meta,
             Object::IpamBlock(o) => &o.meta,
         }
@@ -349,6 +362,7 @@ impl Object {
             Object::Node(_) => Kind::Node,
             Object::Pod(_) => Kind::Pod,
             Object::Namespace(_) => Kind::Namespace,
+            Object::Lease(_) => Kind::Lease,
             Object::IpPool(_) => Kind::IpPool,
             Object::IpamBlock(_) => Kind::IpamBlock,
         }

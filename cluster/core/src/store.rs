@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::{
-    Delta, EndpointSlice, IpPool, IpamBlock, Kind, Namespace, Node, Object, ObjectName, Pod,
+    Delta, EndpointSlice, IpPool, IpamBlock, Kind, Lease, Namespace, Node, Object, ObjectName, Pod,
     Service,
 };
 
@@ -20,6 +20,7 @@ pub struct Store {
     /// Holders of an address, the latest last: while one pod ends and the next begins there may be two.
     pods_at: HashMap<IpAddr, Vec<ObjectName>>,
     namespaces: BTreeMap<ObjectName, Arc<Namespace>>,
+    leases: BTreeMap<ObjectName, Arc<Lease>>,
     pools: BTreeMap<ObjectName, Arc<IpPool>>,
     blocks: BTreeMap<ObjectName, Arc<IpamBlock>>,
 }
@@ -70,6 +71,7 @@ impl Store {
                 before.map(Object::Pod)
             }
             Object::Namespace(o) => self.namespaces.insert(name, o).map(Object::Namespace),
+            Object::Lease(o) => self.leases.insert(name, o).map(Object::Lease),
             Object::IpPool(o) => self.pools.insert(name, o).map(Object::IpPool),
             Object::IpamBlock(o) => self.blocks.insert(name, o).map(Object::IpamBlock),
         }
@@ -90,6 +92,7 @@ impl Store {
                 Some(Object::Pod(before))
             }
             Kind::Namespace => self.namespaces.remove(name).map(Object::Namespace),
+            Kind::Lease => self.leases.remove(name).map(Object::Lease),
             Kind::IpPool => self.pools.remove(name).map(Object::IpPool),
             Kind::IpamBlock => self.blocks.remove(name).map(Object::IpamBlock),
         }
@@ -176,6 +179,16 @@ impl Store {
         self.namespaces.get(&ObjectName::new("", name))
     }
 
+    /// Leases by name.
+    pub fn leases(&self) -> impl Iterator<Item = &Arc<Lease>> {
+        self.leases.values()
+    }
+
+    /// A lease.
+    pub fn lease(&self, name: &ObjectName) -> Option<&Arc<Lease>> {
+        self.leases.get(name)
+    }
+
     /// Pools by name.
     pub fn pools(&self) -> impl Iterator<Item = &Arc<IpPool>> {
         self.pools.values()
@@ -186,19 +199,25 @@ impl Store {
         self.blocks.values()
     }
 
+    /// A block's object.
+    pub fn block(&self, name: &ObjectName) -> Option<&Arc<IpamBlock>> {
+        self.blocks.get(name)
+    }
+
     /// The blocks of a node, by name.
     pub fn blocks_of(&self, node: &str) -> impl Iterator<Item = &Arc<IpamBlock>> {
-        self.blocks.values().filter(move |b| &*b.node == node)
+        self.blocks.values().filter(move |b| **b.node() == *node)
     }
 
     /// How many objects of each kind.
-    pub fn counts(&self) -> [(Kind, usize); 7] {
+    pub fn counts(&self) -> [(Kind, usize); 8] {
         [
             (Kind::Service, self.services.len()),
             (Kind::EndpointSlice, self.slices.len()),
             (Kind::Node, self.nodes.len()),
             (Kind::Pod, self.pods.len()),
             (Kind::Namespace, self.namespaces.len()),
+            (Kind::Lease, self.leases.len()),
             (Kind::IpPool, self.pools.len()),
             (Kind::IpamBlock, self.blocks.len()),
         ]

@@ -55,6 +55,9 @@ impl Merged {
         let mut upserts: Vec<(Kind, &ObjectName, &Object)> = Vec::new();
         for ((kind, name), object) in view {
             let known = self.0.get(kind).and_then(|objects| objects.get(*name));
+            if known.is_some_and(|known| is_another(known.meta(), object.meta())) {
+                removed.push((*kind, (*name).clone()));
+            }
             if known != Some(object.as_ref()) {
                 upserts.push((*kind, name, object));
             }
@@ -78,6 +81,11 @@ impl Merged {
             )
             .collect()
     }
+}
+
+/// Whether another object stands under the name now. Manifests without uids are one object as long as the name is there.
+fn is_another(before: &Meta, now: &Meta) -> bool {
+    !before.uid.is_empty() && !now.uid.is_empty() && before.uid != now.uid
 }
 
 /// A ServiceAddress gives its Service the addresses that a status would; a status in the manifest itself goes first.

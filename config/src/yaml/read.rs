@@ -119,6 +119,24 @@ impl<'p, 'a> Cursor<'p, 'a> {
         self.sink
     }
 
+    /// The same place, with findings going elsewhere.
+    pub fn with_sink<'q>(self, sink: &'q Sink<'q>) -> Cursor<'q, 'a>
+    where
+        'p: 'q,
+    {
+        Cursor { sink, ..self }
+    }
+
+    /// What stands here.
+    pub fn value(&self) -> &'p Value<'a> {
+        &self.node.value
+    }
+
+    /// Whether it is a scalar without quotes.
+    pub fn is_plain(&self) -> bool {
+        matches!(self.node.value, Value::Scalar { plain: true, .. })
+    }
+
     /// Where this is.
     pub fn at(&self) -> Mark {
         self.node.at
@@ -297,11 +315,13 @@ impl<'p, 'a> Fields<'p, 'a> {
         field
     }
 
-    /// Refuses the fields that nobody asked for.
-    pub fn finish(self) {
+    /// Refuses the fields that nobody asked for; whether there are none.
+    pub fn finish(self) -> bool {
         let asked = self.asked.into_inner();
         let sink = self.cursor.sink;
+        let mut none = true;
         for entry in self.entries.iter().filter(|e| !asked.contains(&&*e.key)) {
+            none = false;
             let path = self.cursor.child(entry).path();
             let right = match nearest(&entry.key, &asked) {
                 Some(name) => format!("did you mean `{name}`?"),
@@ -315,6 +335,7 @@ impl<'p, 'a> Fields<'p, 'a> {
             let known = asked.iter().map(|name| format!("{path}{dot}{name}"));
             sink.known.borrow_mut().extend(known);
         }
+        none
     }
 }
 

@@ -149,6 +149,7 @@ fn delta(change: &Change) -> Delta {
             external_policy: TrafficPolicy::Cluster,
             publish_not_ready: false,
             families: Vec::new(),
+            load_balancer_named: false,
             load_balancer_class: None,
         }))),
         Change::Slice {

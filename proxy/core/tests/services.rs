@@ -46,6 +46,7 @@ fn service(name: &str) -> Service {
         cluster_ips: vec![a(VIP), a(VIP6)],
         families: Vec::new(),
         load_balancer_ips: vec![a(LB)],
+        load_balancer_named: false,
         load_balancer_class: None,
         external_name: None,
         ports: vec![port("http", Protocol::Tcp, 80)],

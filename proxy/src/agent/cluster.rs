@@ -183,13 +183,21 @@ impl Blocks {
     /// The blocks of this node. While the view is partial also those that the store knew, unless a manifest gives them to another.
     fn owned(&self, view: &View) -> Result<BTreeSet<BlockId>, BlocksError> {
         let own = &self.config.node.name;
-        let mut owned: BTreeSet<BlockId> = view.store().blocks_of(own).map(|b| b.block).collect();
+        let mut owned: BTreeSet<BlockId> = view.store().blocks_of(own).map(|b| b.block()).collect();
         if view.partial.load(Ordering::Acquire) {
-            let elsewhere: BTreeSet<BlockId> = view.store().blocks().map(|b| b.block).collect();
+            let elsewhere: BTreeSet<BlockId> = view.store().blocks().map(|b| b.block()).collect();
             let known = self.ipam.blocks(clock::now())?;
             owned.extend(known.iter().filter(|b| !elsewhere.contains(b)));
         }
         Ok(owned)
+    }
+
+    /// Whether there is any address to give.
+    pub(crate) fn any(&self) -> bool {
+        self.lock()
+            .owned
+            .as_ref()
+            .is_some_and(|owned| !owned.is_empty())
     }
 
     /// What does not stand, for status.

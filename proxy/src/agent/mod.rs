@@ -36,6 +36,7 @@ mod announce;
 mod answers;
 mod cluster;
 mod dataplane;
+mod lists;
 mod metrics;
 mod node;
 mod routes;
@@ -46,6 +47,7 @@ use announce::{Announcer, Facts};
 use answers::Answers;
 use cluster::{Blocks, View};
 use dataplane::{Dataplane, Message, fact};
+use lists::Placed;
 use metrics::Metrics;
 use server::{Server, SocketError};
 use translator::Translator;
@@ -122,10 +124,13 @@ pub(crate) enum AgentError {
     /// Routes.
     #[error(transparent)]
     Route(#[from] routes::RouteError),
+    /// The container runtime's lists.
+    #[error(transparent)]
+    Lists(#[from] kun_cni::install::InstallError),
 }
 
-fn prepare(path: &Path) -> Result<Config, AgentError> {
-    let config = kun_telemetry::load(path)?;
+fn prepare(path: &Path) -> Result<(Config, String), AgentError> {
+    let (config, text) = kun_telemetry::load_with_text(path)?;
     if !rustix::process::geteuid().is_root() {
         return Err(AgentError::NotRoot);
     }
@@ -133,7 +138,7 @@ fn prepare(path: &Path) -> Result<Config, AgentError> {
     for warning in &config.warnings.0 {
         tracing::warn!("{warning}");
     }
-    Ok(config)
+    Ok((config, text))
 }
 
 /// A panic in any thread ends the process: a node whose dataplane thread is gone would go on to look ready, and one whose thread
@@ -146,10 +151,13 @@ fn end_on_panic() {
     }));
 }
 
-/// Runs until SIGTERM or SIGINT.
-pub(crate) fn run(path: &Path) -> Result<(), AgentError> {
+/// Runs until SIGTERM or SIGINT. `runtime`: where the container runtime reads its lists, and a list for it.
+pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Result<(), AgentError> {
     let started = Instant::now();
-    let config = prepare(path)?;
+    let (config, text) = prepare(path)?;
+    let placed = runtime
+        .map(|(conf_dir, list)| Placed::new(conf_dir, list, text))
+        .transpose()?;
     end_on_panic();
     let server = Server::bind(&config.agent.socket)?;
     let telemetry = kun_telemetry::Metrics::new("kun-proxy", env!("CARGO_PKG_VERSION"));
@@ -209,7 +217,7 @@ pub(crate) fn run(path: &Path) -> Result<(), AgentError> {
         .spawn(move || dataplane.run(&messages))
         .map_err(system("a thread"))?;
     let following = cluster::follow(&config, source, Arc::clone(&view), blocks, queue.clone())?;
-    housekeeping(Arc::clone(&answers), metrics, health)?;
+    housekeeping(Arc::clone(&answers), metrics, health, placed)?;
     server.serve(move |request| answers.answer(request))?;
     tracing::info!(node = config.node.name, adopted, took = ?started.elapsed(), "the agent runs");
 
@@ -341,12 +349,25 @@ fn start_bgp(
 }
 
 /// A thread that wakes every few seconds for as long as the process lives.
-fn housekeeping(answers: Arc<Answers>, metrics: Metrics, health: Health) -> Result<(), AgentError> {
+fn housekeeping(
+    answers: Arc<Answers>,
+    metrics: Metrics,
+    health: Health,
+    placed: Option<Placed>,
+) -> Result<(), AgentError> {
     std::thread::Builder::new()
         .name("kun-housekeeping".to_owned())
         .spawn(move || {
             loop {
-                keep_house(&answers, &metrics, &health);
+                let ready = keep_house(&answers, &metrics);
+                // Before it is told that this node is ready: then the runtime has its list.
+                if let Some(placed) = &placed
+                    && ready
+                    && answers.blocks.any()
+                {
+                    placed.keep();
+                }
+                health.set_ready(ready);
                 let pause = if health.is_ready() {
                     HOUSEKEEPING
                 } else {
@@ -363,7 +384,8 @@ fn housekeeping(answers: Arc<Answers>, metrics: Metrics, health: Health) -> Resu
     Ok(())
 }
 
-fn keep_house(answers: &Answers, metrics: &Metrics, health: &Health) {
+/// One round; whether this node is ready.
+fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
     let now = clock::now();
     if let Err(error) = answers.ipam.tick(now) {
         tracing::warn!(%error, "cooled slots cannot be let go");
@@ -379,7 +401,7 @@ fn keep_house(answers: &Answers, metrics: &Metrics, health: &Health) {
     }
     let synced = answers.view.synced();
     metrics.synced(synced);
-    health.set_ready(synced && answers.programmed());
+    synced && answers.programmed()
 }
 
 async fn until_stopped() -> Result<(), AgentError> {
@@ -415,11 +437,13 @@ fn stop(queue: &SyncSender<Message>, worker: JoinHandle<()>) {
     }
 }
 
-/// Removes programs, links, maps and routes of this node's agent. The state directory stays: it says whose the addresses are.
-pub(crate) fn cleanup(path: &Path) -> Result<(), AgentError> {
-    let config = prepare(path)?;
+/// Removes programs, links, maps and routes of this node's agent, and before them the runtime's list, so that no pod comes any more.
+/// The state directory stays: it says whose the addresses are.
+pub(crate) fn cleanup(path: &Path, conf_dir: Option<&Path>) -> Result<(), AgentError> {
+    let (config, _) = prepare(path)?;
     // A running agent would make it all again.
     let server = Server::bind(&config.agent.socket)?;
+    conf_dir.map(lists::remove).transpose()?;
     EbpfBackend::remove(&config)?;
     Translator::remove(&config, &node::uplinks(config.node.uplink.as_deref()))?;
     routes::set(&std::collections::BTreeSet::new())?;

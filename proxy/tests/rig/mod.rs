@@ -94,6 +94,8 @@ pub(crate) struct Node {
     pub(crate) fabric: Netns,
     pub(crate) cgroup: Cgroup,
     bpffs: BpfFs,
+    /// Further flags of the agent.
+    pub(crate) flags: Vec<String>,
     directory: tempfile::TempDir,
     _turn: MutexGuard<'static, ()>,
 }
@@ -139,6 +141,7 @@ impl Node {
             fabric,
             cgroup: Cgroup::new()?,
             bpffs: BpfFs::new()?,
+            flags: Vec::new(),
             directory,
             _turn: turn,
         };
@@ -147,7 +150,7 @@ impl Node {
             &[
                 json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"},
                     "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.2"}]}}),
-                json!({"apiVersion": "kun.network/v1alpha1", "kind": "IPAMBlock", "metadata": {"name": "b0"},
+                json!({"apiVersion": "kun.network/v1alpha1", "kind": "IPAMBlock", "metadata": {"name": "block-10-64-0-0"},
                     "spec": {"first": "10.64.0.0", "node": "node-a"}}),
             ],
         );
@@ -155,7 +158,7 @@ impl Node {
         Ok(node)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
@@ -183,7 +186,7 @@ impl Node {
     }
 
     /// A manifest of these documents, replaced in one step.
-    fn manifest(&self, name: &str, documents: &[Value]) {
+    pub(crate) fn manifest(&self, name: &str, documents: &[Value]) {
         let text: Vec<String> = documents.iter().map(Value::to_string).collect();
         let (new, path) = (self.path("new"), self.path("cluster").join(name));
         fs::write(&new, text.join("\n---\n")).unwrap();
@@ -194,6 +197,7 @@ impl Node {
     pub(crate) fn spawn(&mut self) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kun-proxy"));
         command.arg("--config").arg(self.path("kun.yaml"));
+        command.args(&self.flags);
         let log = fs::File::create(self.path("log")).unwrap();
         command
             .stdout(log.try_clone().unwrap())
@@ -216,6 +220,18 @@ impl Node {
             self.log()
         );
         self.agent = Some(agent);
+    }
+
+    /// What its endpoint says to the kubelet's probe.
+    pub(crate) fn ready(&self) -> bool {
+        self.netns.run(|| {
+            let mut answer = String::new();
+            TcpStream::connect((Ipv6Addr::LOCALHOST, 9466)).is_ok_and(|mut probe| {
+                probe.write_all(b"GET /readyz HTTP/1.1\r\n\r\n").is_ok()
+                    && probe.read_to_string(&mut answer).is_ok()
+                    && answer.starts_with("HTTP/1.1 200")
+            })
+        })
     }
 
     fn log(&self) -> String {

@@ -34,6 +34,7 @@ pub(crate) fn sweep_once() {
         crate::netns::sweep();
         crate::cgroup::sweep();
         crate::bpffs::sweep();
+        crate::control_plane::sweep();
     });
 }
 

@@ -65,16 +65,7 @@ impl Netns {
 
     /// Runs the closure on a thread of its own inside the namespace. A panic inside goes on outside.
     pub fn run<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
-        let path = self.path();
-        std::thread::scope(|scope| {
-            scope
-                .spawn(move || {
-                    enter(&path).expect("the namespace lives as long as its guard");
-                    inside()
-                })
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+        run_inside(&self.path(), inside)
     }
 
     /// Starts the command inside; it is killed when the guard drops.
@@ -125,6 +116,19 @@ impl Drop for Netns {
     fn drop(&mut self) {
         remove(&self.name);
     }
+}
+
+/// Runs the closure on a thread of its own inside the namespace at `path`, which must exist.
+pub(crate) fn run_inside<T: Send>(path: &Path, inside: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                enter(path).expect("the namespace lives as long as its guard");
+                inside()
+            })
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// Moves the calling thread, for good, into the namespace at `path`.

@@ -187,6 +187,7 @@ fn service(i: u32) -> Object {
         cluster_ips: vec![Ipv4Addr::from(0x6400_0000 + i).into()],
         families: Vec::new(),
         load_balancer_ips: Vec::new(),
+        load_balancer_named: false,
         load_balancer_class: None,
         external_name: None,
         ports: vec![ServicePort {

@@ -53,7 +53,8 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["kun-config", "kun-cluster", "kun-control", "kun-telemetry"],
     ),
     ("kun-conformance", &[]),
-    ("kun-harness", &[]),
+    // It knows where peers are cached.
+    ("kun-harness", &["kun-ebpf-build"]),
 ];
 
 /// Free to depend on anything.

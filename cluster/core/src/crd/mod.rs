@@ -1,0 +1,328 @@
+//! kun's own kinds, `kun.network/v1alpha1`: each a Rust type from which its schema, its validation and its definition for the API
+//! server (`deploy/crds/`) are made. Governing: CustomResourceDefinition v1, structural schemas.
+//!
+//! One validation. A manifest of a folder is walked by the very schema that the API server gets, and the rules that a schema cannot say
+//! stand once with both of their forms (`check`). What the server does before it validates is done alike: fields without a value are absent,
+//! defaults are filled in. Status is not read strictly: the server drops the status of what is created, and an agent of an older version
+//! must live with what a newer one reports.
+
+use std::fmt;
+use std::sync::{Arc, LazyLock};
+
+use kun_config::yaml::{Cursor, Fields, Sink};
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::{Kind, Meta, Object};
+
+mod check;
+mod common;
+mod ipamblock;
+mod ippool;
+mod manifest;
+mod shape;
+mod text;
+mod walk;
+
+pub use check::{Broken, Checked, Rule, Step};
+pub use common::*;
+pub use ipamblock::*;
+pub use ippool::*;
+pub use text::*;
+pub use walk::Unknown;
+
+use check::{Check, broken, broken_steps};
+use shape::Shape;
+
+/// The group of kun's kinds.
+pub const GROUP: &str = "kun.network";
+
+/// Their version.
+pub const VERSION: &str = "v1alpha1";
+
+/// Every type with checks, by the name that its schema carries.
+static CHECKS: &[Check] = &[
+    Check::of_text::<ipnet::Ipv4Net>(),
+    Check::of_text::<ipnet::Ipv6Net>(),
+    Check::of_text::<ipnet::IpNet>(),
+    Check::of_text::<std::net::Ipv4Addr>(),
+    Check::of_text::<std::net::Ipv6Addr>(),
+    Check::of_text::<std::net::IpAddr>(),
+    Check::of_text::<FirstSlot>(),
+    Check::of_text::<PodRange>(),
+    Check::of_text::<Name>(),
+    Check::of_text::<InterfaceName>(),
+    Check::of_text::<LabelKey>(),
+    Check::of_text::<Uid>(),
+    Check::of_text::<HostName>(),
+    Check::of_text::<HttpPath>(),
+    Check::of_text::<UserName>(),
+    Check::of_text::<Signature>(),
+    Check::of_text::<Moment>(),
+    Check::of::<Requirement>(),
+    Check::of::<Probe>(),
+    Check::of::<IpPoolSpec>(),
+];
+
+/// An object of one of kun's kinds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Custom<S, T> {
+    /// Name, labels, origin.
+    pub meta: Meta,
+    /// What is asked for.
+    pub spec: S,
+    /// What became of it, where somebody said so.
+    pub status: Option<T>,
+}
+
+/// A column of `kubectl get`.
+#[derive(Debug, Clone, Copy)]
+pub struct Column {
+    name: &'static str,
+    kind: &'static str,
+    path: &'static str,
+    about: &'static str,
+    /// Shown with `-o wide` only.
+    wide: bool,
+}
+
+impl Column {
+    const fn new(
+        name: &'static str,
+        kind: &'static str,
+        path: &'static str,
+        about: &'static str,
+    ) -> Self {
+        Self {
+            name,
+            kind,
+            path,
+            about,
+            wide: false,
+        }
+    }
+
+    const fn wide(self) -> Self {
+        Self { wide: true, ..self }
+    }
+}
+
+/// A kind: the type of its spec says everything about it.
+pub trait Resource: DeserializeOwned + Serialize + JsonSchema + Clone + 'static {
+    /// The type of its status.
+    type Status: DeserializeOwned + Serialize + JsonSchema + Clone + 'static;
+    /// Name.
+    const KIND: &'static str;
+    /// As it stands in a path of the API.
+    const PLURAL: &'static str;
+    /// For `kubectl`.
+    const SHORT: &'static str;
+    /// Whether its objects live in namespaces.
+    const NAMESPACED: bool;
+    /// One sentence.
+    const ABOUT: &'static str;
+    /// Columns of `kubectl get`, after the name and before the age.
+    const COLUMNS: &'static [Column];
+    /// Fields that `--field-selector` and a watch may select by.
+    const SELECTABLE: &'static [&'static str] = &[];
+    /// Rules about the object as a whole; `self` has metadata.name, spec and status.
+    const RULES: &'static [Rule<Custom<Self, Self::Status>>];
+    /// Rules about a change of it.
+    const STEPS: &'static [Step<Custom<Self, Self::Status>>];
+
+    /// Any object of it.
+    fn object(object: Arc<Custom<Self, Self::Status>>) -> Object;
+    /// It, of any object.
+    fn of(object: &Object) -> Option<&Arc<Custom<Self, Self::Status>>>;
+}
+
+/// A kind without its type.
+pub struct Definition {
+    /// Name.
+    pub kind: &'static str,
+    /// As it stands in a path of the API.
+    pub plural: &'static str,
+    /// Whether its objects live in namespaces.
+    pub namespaced: bool,
+    manifest: fn() -> Value,
+    read: fn(&'static Shapes, &Fields<'_, '_>, Meta, How) -> Option<Object>,
+    broken_steps: fn(&Object, &Object) -> Vec<Broken>,
+    shapes: LazyLock<Shapes>,
+}
+
+impl fmt::Debug for Definition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Definition")
+            .field("kind", &self.kind)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The schemas of a kind, ready to walk by.
+#[derive(Debug)]
+struct Shapes {
+    spec: Shape,
+    status: Shape,
+}
+
+/// How an object is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct How {
+    /// What becomes of fields that the schema does not have.
+    pub unknown: Unknown,
+    /// Whether a wrong status is a fault; else it is no status.
+    pub strict_status: bool,
+}
+
+impl How {
+    /// A person's file: every word of the spec counts, and the status is somebody's report.
+    pub const FOLDER: How = How {
+        unknown: Unknown::Refuse,
+        strict_status: false,
+    };
+    /// The API server's answer: it has been validated there, maybe by a newer definition than ours.
+    pub const API: How = How {
+        unknown: Unknown::Ignore,
+        strict_status: false,
+    };
+    /// As the server sees an update of the status.
+    pub const STATUS: How = How {
+        unknown: Unknown::Refuse,
+        strict_status: true,
+    };
+}
+
+impl Definition {
+    const fn of<S: Resource>() -> Self {
+        Self {
+            kind: S::KIND,
+            plural: S::PLURAL,
+            namespaced: S::NAMESPACED,
+            manifest: manifest::manifest::<S>,
+            read: read::<S>,
+            broken_steps: steps::<S>,
+            shapes: LazyLock::new(|| Shapes {
+                spec: Shape::of(&manifest::schema::<S>()),
+                status: Shape::of(&manifest::schema::<S::Status>()),
+            }),
+        }
+    }
+
+    /// The CustomResourceDefinition.
+    pub fn manifest(&self) -> Value {
+        (self.manifest)()
+    }
+
+    /// Reads an object; what is wrong goes where the fields' faults go.
+    pub(crate) fn read(&'static self, f: &Fields<'_, '_>, meta: Meta, how: How) -> Option<Object> {
+        (self.read)(&self.shapes, f, meta, how)
+    }
+
+    /// What is wrong with a change of an object that is one of this kind before and after.
+    pub fn broken_steps(&self, old: &Object, new: &Object) -> Vec<Broken> {
+        (self.broken_steps)(old, new)
+    }
+}
+
+/// All kinds, by name.
+pub static DEFINITIONS: [Definition; 2] = [
+    Definition::of::<IpamBlockSpec>(),
+    Definition::of::<IpPoolSpec>(),
+];
+
+/// The kind of this name.
+pub fn definition(kind: &str) -> Option<&'static Definition> {
+    DEFINITIONS.iter().find(|d| d.kind == kind)
+}
+
+/// Reads `spec` and `status`, then checks the object as a whole. The other fields of the top are the caller's.
+fn read<S: Resource>(
+    shapes: &'static Shapes,
+    f: &Fields<'_, '_>,
+    meta: Meta,
+    how: How,
+) -> Option<Object> {
+    let spec = f.require("spec", format_args!("every {} has one", S::KIND));
+    let spec = spec.and_then(|c| walk::walk(&c, &shapes.spec, how.unknown));
+    let status = f.get("status").map(|c| match how.strict_status {
+        true => walk::walk(&c, &shapes.status, how.unknown),
+        false => {
+            // What is wrong here was said to nobody.
+            let sink = Sink::new("");
+            walk::walk(&c.with_sink(&sink), &shapes.status, Unknown::Ignore)
+        }
+    });
+    if how.strict_status && matches!(status, Some(None)) {
+        return None;
+    }
+    let spec = typed::<S>(spec?, f.cursor())?;
+    let status = status
+        .flatten()
+        .and_then(|status| typed::<S::Status>(status, f.cursor()));
+    let object = Custom { meta, spec, status };
+    let faults = broken(S::RULES, &object);
+    for fault in &faults {
+        walk::fault_below(f.cursor(), fault);
+    }
+    faults.is_empty().then(|| S::object(Arc::new(object)))
+}
+
+/// The schema of a type and its `Deserialize` are of one derive: a value that fits one fits the other.
+fn typed<T: DeserializeOwned>(value: Value, at: &Cursor<'_, '_>) -> Option<T> {
+    match serde_json::from_value(value) {
+        Ok(typed) => Some(typed),
+        Err(error) => {
+            at.fault(error, "");
+            None
+        }
+    }
+}
+
+fn steps<S: Resource>(old: &Object, new: &Object) -> Vec<Broken> {
+    match (S::of(old), S::of(new)) {
+        (Some(old), Some(new)) => broken_steps(S::STEPS, &**old, &**new),
+        _ => Vec::new(),
+    }
+}
+
+/// What the change from `old` to `new` breaks, for objects of any kind: those of Kubernetes are the API server's business.
+pub fn broken_by_change(old: &Object, new: &Object) -> Vec<Broken> {
+    let of_kind = |kind: Kind| DEFINITIONS.iter().find(|d| d.kind == kind.name());
+    of_kind(new.kind()).map_or_else(Vec::new, |d| d.broken_steps(old, new))
+}
+
+/// An object as JSON, to be sent to the API server or written to a file: without the fields that have no value.
+pub fn to_json<S: Resource>(namespace: Option<&str>, name: &str, spec: &S) -> Value {
+    let mut object = json!({
+        "apiVersion": format!("{GROUP}/{VERSION}"),
+        "kind": S::KIND,
+        "metadata": {"name": name},
+        "spec": without_nulls(json!(spec)),
+    });
+    if let Some(namespace) = namespace {
+        object["metadata"]["namespace"] = json!(namespace);
+    }
+    object
+}
+
+/// A status as JSON, to be sent as the `status` of a patch of the status.
+pub fn status_to_json<S: Resource>(status: &S::Status) -> Value {
+    without_nulls(json!(status))
+}
+
+fn without_nulls(value: Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let fields = fields.into_iter().filter(|(_, value)| !value.is_null());
+            Value::Object(
+                fields
+                    .map(|(key, value)| (key, without_nulls(value)))
+                    .collect(),
+            )
+        }
+        Value::Array(items) => items.into_iter().map(without_nulls).collect(),
+        other => other,
+    }
+}
