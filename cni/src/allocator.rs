@@ -11,8 +11,9 @@ use crate::ipam::{IpamError, IpamService};
 use crate::spool::SpoolError;
 use crate::store::StoreError;
 
-/// How long a plugin alone waits for others that have the store: a hundred at once need a second or two.
-const STORE_WITHIN: Duration = Duration::from_secs(10);
+/// How long a plugin alone waits for others that have the store: a hundred at once need a second or two, on a machine that does
+/// much else many times that. Runtimes give up after minutes.
+const STORE_WITHIN: Duration = Duration::from_secs(30);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use kun_cni_core::ipam::Key;
 use kun_cni_core::plan::{Op, Side, Undo, generation_in};
 
-use crate::netlink::{NetlinkError, Query, Rtnl};
+use crate::netlink::{Link, NetlinkError, Query, Rtnl};
 use crate::netns::{Netns, NetnsError};
 use std::os::fd::AsFd;
 
@@ -75,99 +75,142 @@ pub enum KernelError {
     },
 }
 
-/// Applies the ops in order. What must be undone is pushed on `undo` before it is done, so that after a failure, or a part of
-/// the ops only, [`revert`] leaves nothing.
-pub fn apply(ops: &[Op], netns: &Netns, undo: &mut Vec<Undo>) -> Result<(), KernelError> {
-    let mut host = Rtnl::open()?;
-    for run in ops.chunk_by(|a, b| a.side() == b.side()) {
-        undo.extend(run.iter().filter_map(Op::undo));
-        match run[0].side() {
-            Side::Host => Applier::new(&mut host, netns).run(run)?,
-            Side::Pod => netns.inside(|| {
-                let mut pod = Rtnl::open()?;
-                Applier::new(&mut pod, netns).run(run)
-            })??,
-        }
+/// The node's and one pod's part of the kernel.
+#[derive(Debug)]
+pub struct Kernel<'a> {
+    netns: &'a Netns,
+    host: Rtnl,
+    pod: Rtnl,
+}
+
+impl<'a> Kernel<'a> {
+    /// Opens both.
+    pub fn open(netns: &'a Netns) -> Result<Self, KernelError> {
+        let host = Rtnl::open()?;
+        let pod = netns.inside(Rtnl::open)??;
+        Ok(Self { netns, host, pod })
     }
-    Ok(())
-}
 
-/// Undoes in reverse order; carries on past failures and gives all of them.
-pub fn revert(undo: &[Undo], key: &Key) -> Vec<KernelError> {
-    let mut rtnl = match Rtnl::open() {
-        Ok(rtnl) => rtnl,
-        Err(e) => return vec![e.into()],
-    };
-    undo.iter()
-        .rev()
-        .filter_map(|step| {
-            let Undo::RemoveLink { host } = step;
-            remove_link(&mut rtnl, host, key).err()
-        })
-        .collect()
-}
-
-/// Removes a host-side interface of ours; gives the generation that it was tagged with. Gone already is fine.
-pub fn remove_link(rtnl: &mut Rtnl, name: &str, key: &Key) -> Result<Option<u64>, KernelError> {
-    let Some(link) = rtnl.link(name)? else {
-        return Ok(None);
-    };
-    let generation = match &link.alias {
-        // A crash between making and tagging it; the name alone is enough.
-        None => None,
-        Some(alias) => match generation_in(alias, key) {
-            Some(generation) => Some(generation),
-            None => {
-                return Err(KernelError::Foreign {
-                    ifname: name.to_owned(),
-                    alias: alias.clone(),
-                });
-            }
-        },
-    };
-    for verdict in rtnl.batch(&[Query::remove_link(link.index)])? {
-        match verdict {
-            // The pod's namespace went away in between, and its interfaces with it.
-            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => {}
-            Err(source) => {
-                return Err(KernelError::Refused {
-                    op: format!("remove {name}"),
-                    source,
-                });
-            }
-            Ok(()) => {}
-        }
-    }
-    Ok(generation)
-}
-
-/// Refuses when one of these interfaces is in the pod already.
-pub fn require_absent(netns: &Netns, names: &[String]) -> Result<(), KernelError> {
-    netns.inside(|| {
-        let mut rtnl = Rtnl::open()?;
-        for name in names {
-            if rtnl.link(name)?.is_some() {
-                return Err(KernelError::Exists {
-                    ifname: name.clone(),
-                });
+    /// Applies the ops in order. What must be undone is pushed on `undo` before it is done, so that after a failure, or a part of
+    /// the ops only, [`revert`] leaves nothing.
+    pub fn apply(&mut self, ops: &[Op], undo: &mut Vec<Undo>) -> Result<(), KernelError> {
+        let netns = self.netns;
+        for turn in ops.chunk_by(|a, b| a.side() == b.side()) {
+            undo.extend(turn.iter().filter_map(Op::undo));
+            match turn[0].side() {
+                Side::Host => Applier::new(&mut self.host, Some(netns)).run(turn)?,
+                Side::Pod => netns.inside(|| Applier::new(&mut self.pod, None).run(turn))??,
             }
         }
         Ok(())
-    })?
+    }
+
+    /// Refuses when an interface of this name is in the pod already.
+    pub fn require_absent(&mut self, ifname: &str) -> Result<(), KernelError> {
+        match self.pod.link(ifname)? {
+            None => Ok(()),
+            Some(_) => Err(KernelError::Exists {
+                ifname: ifname.to_owned(),
+            }),
+        }
+    }
+
+    /// What is not as the ops would have it: one line each. Sysctls are not looked at: a pod may set its own.
+    pub fn differences(&mut self, ops: &[Op]) -> Result<Vec<String>, KernelError> {
+        let mut found = Vec::new();
+        for turn in ops.chunk_by(|a, b| a.side() == b.side()) {
+            found.extend(match turn[0].side() {
+                Side::Host => compare(turn, &mut self.host)?,
+                Side::Pod => compare(turn, &mut self.pod)?,
+            });
+        }
+        Ok(found)
+    }
 }
 
-/// What is not as the ops would have it: one line each. Sysctls are not looked at: a pod may set its own.
-pub fn differences(ops: &[Op], netns: &Netns) -> Result<Vec<String>, KernelError> {
-    let mut host = Rtnl::open()?;
-    let mut found = Vec::new();
-    for run in ops.chunk_by(|a, b| a.side() == b.side()) {
-        let more = match run[0].side() {
-            Side::Host => compare(run, &mut host)?,
-            Side::Pod => netns.inside(|| compare(run, &mut Rtnl::open()?))??,
-        };
-        found.extend(more);
+/// Applies ops of the node alone, of an attachment that stands.
+pub fn apply_on_node(rtnl: &mut Rtnl, ops: &[Op]) -> Result<(), KernelError> {
+    Applier::new(rtnl, None).run(ops)
+}
+
+/// What was removed, and what could not be.
+#[derive(Debug, Default)]
+pub struct Removed {
+    /// The generation that the interfaces were tagged with.
+    pub generation: Option<u64>,
+    /// What stays, and why.
+    pub failed: Vec<KernelError>,
+}
+
+/// Undoes the steps, all interfaces at once; gone already is fine.
+pub fn revert(undo: &[Undo], key: &Key) -> Removed {
+    let mut rtnl = match Rtnl::open() {
+        Ok(rtnl) => rtnl,
+        Err(e) => {
+            return Removed {
+                generation: None,
+                failed: vec![e.into()],
+            };
+        }
+    };
+    let names: Vec<&str> = undo
+        .iter()
+        .rev()
+        .map(|Undo::RemoveLink { host }| host.as_str())
+        .collect();
+    let mut removed = Removed::default();
+    if let Err(e) = remove_links(&mut rtnl, &names, key, &mut removed) {
+        removed.failed.push(e);
     }
-    Ok(found)
+    removed
+}
+
+/// Interfaces of a group of this number and up are being removed: whoever is put there goes, so that it does no harm should two
+/// processes of two PID namespaces use one number.
+const GOING: u32 = 0x6b00_0000;
+
+fn remove_links(
+    rtnl: &mut Rtnl,
+    names: &[&str],
+    key: &Key,
+    removed: &mut Removed,
+) -> Result<(), KernelError> {
+    let group = GOING | std::process::id();
+    let queries: Vec<Query> = names.iter().map(|name| Query::link(name)).collect();
+    let mut ours = Vec::new();
+    for (name, found) in names.iter().zip(rtnl.batch(&queries)?) {
+        let Ok(Some(link)) = found else { continue };
+        match &link.alias {
+            // A crash between making and tagging it; the name alone is enough.
+            None => ours.push(Query::group(link.index, group)),
+            Some(alias) => match generation_in(alias, key) {
+                Some(generation) => {
+                    removed.generation = Some(generation);
+                    ours.push(Query::group(link.index, group));
+                }
+                None => removed.failed.push(KernelError::Foreign {
+                    ifname: (*name).to_owned(),
+                    alias: alias.clone(),
+                }),
+            },
+        }
+    }
+    if ours.is_empty() {
+        return Ok(());
+    }
+    ours.push(Query::remove_group(group));
+    for verdict in rtnl.batch(&ours)? {
+        match verdict {
+            // The pod's namespace went away in between, and its interfaces with it.
+            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => {}
+            Err(source) => removed.failed.push(KernelError::Refused {
+                op: format!("remove {}", names.join(", ")),
+                source,
+            }),
+            Ok(_) => {}
+        }
+    }
+    Ok(())
 }
 
 /// The MTU for pods: the named uplink's, else that of the interface with the default route, else Ethernet's.
@@ -197,38 +240,48 @@ pub fn uplink_mtu(uplink: Option<&str>) -> Result<u32, KernelError> {
     Ok(ETHERNET)
 }
 
-/// Ops of one namespace, gathered into as few batches as their order allows.
+/// Ops of one namespace, gathered into as few conversations as their order allows. Runs inside that namespace.
 struct Applier<'a> {
     rtnl: &'a mut Rtnl,
-    netns: &'a Netns,
+    /// Where pairs have their far end.
+    far: Option<&'a Netns>,
     pending: Vec<(String, Query)>,
-    indices: BTreeMap<String, u32>,
+    links: BTreeMap<String, Link>,
 }
 
 impl<'a> Applier<'a> {
-    fn new(rtnl: &'a mut Rtnl, netns: &'a Netns) -> Self {
+    fn new(rtnl: &'a mut Rtnl, far: Option<&'a Netns>) -> Self {
         Self {
             rtnl,
-            netns,
+            far,
             pending: Vec::new(),
-            indices: BTreeMap::new(),
+            links: BTreeMap::new(),
         }
     }
 
     fn run(mut self, ops: &[Op]) -> Result<(), KernelError> {
-        for op in ops {
+        for (done, op) in ops.iter().enumerate() {
+            let rest = &ops[done..];
             match op {
                 Op::CreatePair { pair, mtu } => {
-                    self.push(op, Query::create_pair(pair, *mtu, self.netns.as_fd()));
-                    // RTM_NEWLINK ignores an alias while it creates.
-                    self.push(op, Query::alias(&pair.host, &pair.alias));
+                    let far = self.far.ok_or_else(|| KernelError::Gone {
+                        op: op.to_string(),
+                        ifname: pair.host.clone(),
+                    })?;
+                    self.push(op, Query::create_pair(pair, *mtu, far.as_fd()));
                 }
-                Op::NoLinkLocal { ifname, .. } => self.push(op, Query::no_link_local(ifname)),
+                Op::Configure {
+                    ifname,
+                    alias,
+                    ipv4,
+                    up,
+                    ..
+                } => self.push(op, Query::configure(ifname, alias.as_deref(), ipv4, *up)),
                 Op::Up { ifname, .. } => self.push(op, Query::up(ifname)),
                 Op::Address {
                     ifname, address, ..
                 } => {
-                    let index = self.index(op, ifname)?;
+                    let index = self.link(op, ifname, rest)?.index;
                     self.push(op, Query::address(index, *address));
                 }
                 Op::Neighbour {
@@ -237,25 +290,47 @@ impl<'a> Applier<'a> {
                     mac,
                     ..
                 } => {
-                    let index = self.index(op, ifname)?;
+                    let index = self.link(op, ifname, rest)?.index;
                     self.push(op, Query::neighbour(index, *address, *mac));
                 }
                 Op::Route {
                     ifname, to, via, ..
                 } => {
-                    let index = self.index(op, ifname)?;
+                    let index = self.link(op, ifname, rest)?.index;
                     self.push(op, Query::route(index, *to, *via));
                 }
+                Op::Ipv6 {
+                    side,
+                    ifname,
+                    settings,
+                } => {
+                    for setting in *settings {
+                        let (key, value) = setting.file();
+                        let path = format!("ipv6/conf/{ifname}/{key}");
+                        // The pod's turn begins with files: asking for the link would cost it a conversation.
+                        let holds = match side {
+                            Side::Host => self.link(op, ifname, rest)?.has(*setting),
+                            Side::Pod => false,
+                        };
+                        if !holds {
+                            set_sysctl(&path, value).map_err(|source| KernelError::Refused {
+                                op: format!("/proc/sys/net/{path} = {value}"),
+                                source,
+                            })?;
+                        }
+                    }
+                }
                 Op::Sysctl { path, value, .. } => {
-                    self.flush()?;
                     set_sysctl(path, value).map_err(|source| KernelError::Refused {
                         op: op.to_string(),
                         source,
                     })?;
                 }
                 Op::AwaitCarrier { ifname, .. } => {
-                    self.flush()?;
-                    self.await_carrier(op, ifname)?;
+                    if !self.link(op, ifname, rest)?.running {
+                        self.flush()?;
+                        self.await_carrier(op, ifname)?;
+                    }
                 }
             }
         }
@@ -270,23 +345,34 @@ impl<'a> Applier<'a> {
         let (ops, queries): (Vec<String>, Vec<Query>) =
             std::mem::take(&mut self.pending).into_iter().unzip();
         for (op, verdict) in ops.into_iter().zip(self.rtnl.batch(&queries)?) {
-            verdict.map_err(|source| KernelError::Refused { op, source })?;
+            match verdict {
+                Ok(Some(link)) => {
+                    self.links.insert(link.name.clone(), link);
+                }
+                Ok(None) => {}
+                Err(source) => return Err(KernelError::Refused { op, source }),
+            }
         }
         Ok(())
     }
 
-    fn index(&mut self, op: &Op, ifname: &str) -> Result<u32, KernelError> {
-        if let Some(index) = self.indices.get(ifname) {
-            return Ok(*index);
+    /// The interface, asked for together with all others that the rest will need, at the end of what is pending.
+    fn link(&mut self, op: &Op, ifname: &str, rest: &[Op]) -> Result<&Link, KernelError> {
+        if !self.links.contains_key(ifname) {
+            let mut names: Vec<&str> = rest.iter().filter_map(needs_link).collect();
+            names.sort_unstable();
+            names.dedup();
+            for name in names {
+                if !self.links.contains_key(name) {
+                    self.pending.push((op.to_string(), Query::link(name)));
+                }
+            }
+            self.flush()?;
         }
-        // It may be among what is pending.
-        self.flush()?;
-        let link = self.rtnl.link(ifname)?.ok_or_else(|| KernelError::Gone {
+        self.links.get(ifname).ok_or_else(|| KernelError::Gone {
             op: op.to_string(),
             ifname: ifname.to_owned(),
-        })?;
-        self.indices.insert(ifname.to_owned(), link.index);
-        Ok(link.index)
+        })
     }
 
     fn await_carrier(&mut self, op: &Op, ifname: &str) -> Result<(), KernelError> {
@@ -308,6 +394,18 @@ impl<'a> Applier<'a> {
                 }
             }
         }
+    }
+}
+
+/// The interface of which an op must know more than its name.
+fn needs_link(op: &Op) -> Option<&str> {
+    match op {
+        Op::Address { ifname, .. }
+        | Op::Neighbour { ifname, .. }
+        | Op::Route { ifname, .. }
+        | Op::AwaitCarrier { ifname, .. } => Some(ifname),
+        Op::Ipv6 { side, ifname, .. } => (*side == Side::Host).then_some(ifname),
+        Op::CreatePair { .. } | Op::Configure { .. } | Op::Sysctl { .. } | Op::Up { .. } => None,
     }
 }
 
@@ -354,7 +452,7 @@ fn compare(ops: &[Op], rtnl: &mut Rtnl) -> Result<Vec<String>, KernelError> {
                 Some(link) => rtnl.route_to(sample(to))? == Some(link.index),
                 None => false,
             },
-            Op::Sysctl { .. } | Op::NoLinkLocal { .. } => true,
+            Op::Sysctl { .. } | Op::Configure { .. } | Op::Ipv6 { .. } => true,
         };
         if !holds {
             found.push(op.to_string());

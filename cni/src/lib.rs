@@ -5,12 +5,16 @@
 
 #![forbid(unsafe_code)]
 
+mod addresses;
 pub mod allocator;
+mod attach;
 pub mod clock;
+mod delegate;
 pub mod disk;
 pub mod install;
 pub mod ipam;
 pub mod kernel;
+pub mod look;
 pub mod netlink;
 pub mod netns;
 pub mod plugin;

@@ -6,20 +6,26 @@ use std::fmt::Write as _;
 use std::io::{Read, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use kun_cni::install::{LIST, Lists, Wanted, install, uninstall};
 use kun_cni::plugin::{self, Outcome};
-use kun_cni_core::spec::{
-    Code, DEFAULT_KUN_CONFIG, Failure, Invocation, Version, parse_environment,
-};
+use kun_cni_core::spec::{Code, DEFAULT_KUN_CONFIG, Failure, Invocation, parse_environment};
 use kun_config::Config;
+use rustix::event::{PollFd, PollFlags};
 
 /// One byte more than a network configuration may have: the parser refuses it by its length.
 const MAX_STDIN: u64 = (1 << 20) + 1;
 
 /// `kun.yaml` with every comment has a few kilobytes.
 const MAX_CONFIG: u64 = 1 << 20;
+
+/// How long VERSION waits for the next bytes of a caller who leaves stdin open.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// What VERSION reads at most: its input is `{"cniVersion": "1.1.0"}`, or a whole network configuration.
+const MAX_AT_HAND: usize = 1 << 20;
 
 const USAGE: &str = "usage: kun-cni --check-config [--config PATH] | --version | --help
        kun-cni install [--bin-dir DIR] [--conf-dir DIR [--config PATH] [--conflist PATH] [--name NAME]]
@@ -60,7 +66,6 @@ fn main() -> ExitCode {
 
 /// As a plugin.
 fn invoked() -> Outcome {
-    let refuse = |failure: Failure| Outcome::Failure(failure.to_json(Version::CURRENT));
     let variables: Vec<(String, String)> = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
@@ -71,17 +76,45 @@ fn invoked() -> Outcome {
             .map(|(_, value)| value.as_str())
     }) {
         Ok(invocation) => invocation,
-        Err(e) => return refuse(e.into()),
+        // Only for the version in which the error is told.
+        Err(e) => return plugin::refused(e.into(), &stdin_at_hand()),
     };
+    if invocation == Invocation::Version {
+        return plugin::run(&invocation, &stdin_at_hand(), |_| Err(String::new()));
+    }
     let mut stdin = Vec::new();
-    if invocation != Invocation::Version
-        && let Err(e) = std::io::stdin().take(MAX_STDIN).read_to_end(&mut stdin)
-    {
-        return refuse(Failure::new(Code::Io, format!("stdin: {e}")));
+    if let Err(e) = std::io::stdin().take(MAX_STDIN).read_to_end(&mut stdin) {
+        return plugin::refused(Failure::new(Code::Io, format!("stdin: {e}")), &[]);
     }
     plugin::run(&invocation, &stdin, |path| {
         load(path).map_err(|e| format!("{e:#}"))
     })
+}
+
+/// What a caller writes who may leave stdin open: up to its end, to one whole JSON value, or to a moment's silence.
+fn stdin_at_hand() -> Vec<u8> {
+    let mut read = Vec::new();
+    let mut chunk = [0; 4096];
+    let stdin = std::io::stdin();
+    let patience = rustix::time::Timespec {
+        tv_sec: 0,
+        tv_nsec: PATIENCE.subsec_nanos().into(),
+    };
+    while read.len() < MAX_AT_HAND {
+        let mut ready = [PollFd::new(&stdin, PollFlags::IN)];
+        match rustix::event::poll(&mut ready, Some(&patience)) {
+            Ok(1..) => {}
+            Ok(_) | Err(_) => break,
+        }
+        match rustix::io::read(&stdin, &mut chunk) {
+            Ok(length @ 1..) => read.extend_from_slice(&chunk[..length]),
+            Ok(_) | Err(_) => break,
+        }
+        if serde_json::from_slice::<serde::de::IgnoredAny>(&read).is_ok() {
+            break;
+        }
+    }
+    read
 }
 
 /// By hand.

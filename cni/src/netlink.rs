@@ -1,23 +1,23 @@
 //! A rtnetlink socket, synchronous: one batch out, its acknowledgements in.
 //!
 //! A socket belongs to the network namespace in which it was opened, whatever its thread does later. Requests of one batch are
-//! sent with one call; the kernel works through all of them and answers each.
+//! sent with one call. The kernel works through all of them in order, tells of each that it refuses, and acknowledges the last.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 use ipnet::IpNet;
-use kun_cni_core::plan::{Mac, Pair, ROUTE_PROTOCOL};
+use kun_cni_core::plan::{Ipv4Setting, Ipv6Setting, Mac, Pair, ROUTE_PROTOCOL};
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
-    NetlinkMessage, NetlinkPayload,
+    DefaultNla, NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE,
+    NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
-    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
+    AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth,
+    LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
 };
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{
@@ -28,6 +28,15 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 /// Messages in one answer to a dump of one namespace: a node's links and a pod's addresses and routes, ten times over.
 const MAX_DUMP: usize = 100_000;
+
+/// The kernel sends datagrams of at most 32 KiB.
+const DATAGRAM: usize = 32 << 10;
+
+/// The kernel answers at once, unless somebody holds its one big network lock.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+
+/// `IFLA_INET_CONF` (linux/ip.h).
+const IFLA_INET_CONF: u16 = 1;
 
 /// Why a conversation failed. What the kernel refuses is an `io::Error` beside it.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +57,8 @@ pub enum NetlinkError {
 pub struct Query {
     message: RouteNetlinkMessage,
     flags: u16,
+    /// The answer is a message rather than an acknowledgement.
+    asks: bool,
 }
 
 /// An interface as the kernel shows it.
@@ -67,6 +78,17 @@ pub struct Link {
     pub up: bool,
     /// The kernel sends on it.
     pub running: bool,
+    /// `net.ipv6.conf.<name>`, as far as anybody asks.
+    ipv6: Option<Ipv6Conf>,
+}
+
+/// Some of an interface's IPv6 settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Ipv6Conf {
+    disabled: bool,
+    forwarding: bool,
+    accept_ra: i32,
+    proxy_ndp: bool,
 }
 
 /// The socket.
@@ -74,6 +96,7 @@ pub struct Link {
 pub struct Rtnl {
     socket: Socket,
     sequence: u32,
+    datagram: Vec<u8>,
 }
 
 impl Rtnl {
@@ -82,52 +105,63 @@ impl Rtnl {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
+        rustix::net::sockopt::set_socket_timeout(
+            socket.as_fd(),
+            rustix::net::sockopt::Timeout::Recv,
+            Some(ANSWER_WITHIN),
+        )
+        .map_err(io::Error::from)?;
         Ok(Self {
             socket,
             sequence: 0,
+            datagram: Vec::with_capacity(DATAGRAM),
         })
     }
 
-    /// Sends all requests at once; gives the kernel's verdict on each, in order.
-    pub fn batch(&mut self, queries: &[Query]) -> Result<Vec<io::Result<()>>, NetlinkError> {
-        if queries.is_empty() {
+    /// Sends all requests at once; gives the kernel's verdict on each, in order, with the interface for those that ask for one.
+    pub fn batch(
+        &mut self,
+        queries: &[Query],
+    ) -> Result<Vec<io::Result<Option<Link>>>, NetlinkError> {
+        let Some((last, before)) = queries.split_last() else {
             return Ok(Vec::new());
-        }
-        let first = self.sequence + 1;
+        };
         let mut bytes = Vec::new();
-        for query in queries {
-            self.emit(query, NLM_F_ACK, &mut bytes);
+        let first = self.sequence + 1;
+        for query in before {
+            self.emit(query, 0, &mut bytes);
         }
+        // A refusal is told without being asked for, and all of them before the last one's answer.
+        self.emit(last, if last.asks { 0 } else { NLM_F_ACK }, &mut bytes);
         self.socket.send(&bytes, 0)?;
-        let mut verdicts: BTreeMap<u32, io::Result<()>> = BTreeMap::new();
-        while verdicts.len() < queries.len() {
+        let mut verdicts: Vec<io::Result<Option<Link>>> =
+            queries.iter().map(|_| Ok(None)).collect();
+        let mut done = false;
+        while !done {
             self.receive(|header, payload| {
-                if let NetlinkPayload::Error(e) = payload
-                    && header.sequence_number >= first
-                {
-                    let verdict = match e.code {
-                        None => Ok(()),
-                        Some(_) => Err(e.to_io()),
-                    };
-                    verdicts.insert(header.sequence_number, verdict);
+                let Some(index) = header.sequence_number.checked_sub(first) else {
+                    return;
+                };
+                let Some(verdict) = verdicts.get_mut(index as usize) else {
+                    return;
+                };
+                match payload {
+                    NetlinkPayload::Error(e) if e.code.is_some() => *verdict = Err(e.to_io()),
+                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
+                        *verdict = Ok(Some(Link::of(&link)));
+                    }
+                    _ => {}
                 }
+                done |= index as usize == queries.len() - 1;
             })?;
         }
-        Ok(verdicts.into_values().collect())
+        Ok(verdicts)
     }
 
     /// The interface of this name.
     pub fn link(&mut self, name: &str) -> Result<Option<Link>, NetlinkError> {
-        let mut message = LinkMessage::default();
-        message.attributes.push(LinkAttribute::IfName(name.into()));
-        message
-            .attributes
-            .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-        let answer = self.ask(RouteNetlinkMessage::GetLink(message))?;
-        Ok(match answer {
-            Ok(RouteNetlinkMessage::NewLink(link)) => Some(Link::of(&link)),
-            Ok(_) | Err(_) => None,
-        })
+        let answer = self.batch(&[Query::link(name)])?.pop();
+        Ok(answer.and_then(Result::ok).flatten())
     }
 
     /// The interface of this index.
@@ -241,7 +275,11 @@ impl Rtnl {
         message: RouteNetlinkMessage,
     ) -> Result<io::Result<RouteNetlinkMessage>, NetlinkError> {
         let mut bytes = Vec::new();
-        let query = Query { message, flags: 0 };
+        let query = Query {
+            message,
+            flags: 0,
+            asks: true,
+        };
         self.emit(&query, 0, &mut bytes);
         let sequence = self.sequence;
         self.socket.send(&bytes, 0)?;
@@ -261,13 +299,17 @@ impl Rtnl {
         Ok(answer.unwrap_or_else(|| Err(io::ErrorKind::UnexpectedEof.into())))
     }
 
-    fn dump(
+    pub(crate) fn dump(
         &mut self,
         message: RouteNetlinkMessage,
     ) -> Result<Vec<RouteNetlinkMessage>, NetlinkError> {
         let mut bytes = Vec::new();
-        let flags = NLM_F_DUMP;
-        self.emit(&Query { message, flags }, 0, &mut bytes);
+        let query = Query {
+            message,
+            flags: NLM_F_DUMP,
+            asks: true,
+        };
+        self.emit(&query, 0, &mut bytes);
         let sequence = self.sequence;
         self.socket.send(&bytes, 0)?;
         let mut answers = Vec::new();
@@ -310,8 +352,9 @@ impl Rtnl {
         &mut self,
         mut take: impl FnMut(NetlinkHeader, NetlinkPayload<RouteNetlinkMessage>),
     ) -> Result<(), NetlinkError> {
-        let (datagram, _) = self.socket.recv_from_full()?;
-        let mut rest = datagram.as_slice();
+        self.datagram.clear();
+        self.socket.recv(&mut self.datagram, 0)?;
+        let mut rest = self.datagram.as_slice();
         while !rest.is_empty() {
             let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)?;
             let length = usize::try_from(message.header.length)
@@ -349,21 +392,55 @@ impl Query {
         Self {
             message: RouteNetlinkMessage::NewLink(message),
             flags: NLM_F_CREATE | NLM_F_EXCL,
+            asks: false,
         }
     }
 
-    /// Sets the ifalias of the interface of this name.
-    pub fn alias(name: &str, alias: &str) -> Self {
-        Self::set(name, LinkAttribute::IfAlias(alias.to_owned()))
+    /// The interface of this name.
+    pub fn link(name: &str) -> Self {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(name.into()),
+            LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]),
+        ];
+        Self {
+            message: RouteNetlinkMessage::GetLink(message),
+            flags: 0,
+            asks: true,
+        }
     }
 
-    /// The kernel makes no link-local address on it.
-    pub fn no_link_local(name: &str) -> Self {
+    /// Tags and settings; the kernel makes no link-local address on it.
+    pub fn configure(
+        name: &str,
+        alias: Option<&str>,
+        ipv4: &[(Ipv4Setting, u32)],
+        up: bool,
+    ) -> Self {
         let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
-        Self::set(
-            name,
-            LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])]),
-        )
+        let mut families = vec![AfSpecUnspec::Inet6(vec![mode])];
+        if !ipv4.is_empty() {
+            families.push(AfSpecUnspec::Inet(vec![AfSpecInet::Other(ipv4_conf(ipv4))]));
+        }
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(name.into()),
+            LinkAttribute::AfSpecUnspec(families),
+        ];
+        if let Some(alias) = alias {
+            message
+                .attributes
+                .push(LinkAttribute::IfAlias(alias.into()));
+        }
+        if up {
+            message.header.flags = LinkFlags::Up;
+            message.header.change_mask = LinkFlags::Up;
+        }
+        Self {
+            message: RouteNetlinkMessage::SetLink(message),
+            flags: 0,
+            asks: false,
+        }
     }
 
     /// Administratively up.
@@ -375,16 +452,31 @@ impl Query {
         Self {
             message: RouteNetlinkMessage::SetLink(message),
             flags: 0,
+            asks: false,
         }
     }
 
-    /// Removes the interface, and with it its peer, addresses, routes and neighbours.
-    pub fn remove_link(index: u32) -> Self {
+    /// Puts the interface into a group.
+    pub fn group(index: u32, group: u32) -> Self {
         let mut message = LinkMessage::default();
         message.header.index = index;
+        message.attributes.push(LinkAttribute::Group(group));
+        Self {
+            message: RouteNetlinkMessage::SetLink(message),
+            flags: 0,
+            asks: false,
+        }
+    }
+
+    /// Removes the interfaces of a group, and with them their peers, addresses, routes and neighbours. All at once: most of the
+    /// time is spent waiting until no processor looks at them any more.
+    pub fn remove_group(group: u32) -> Self {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::Group(group));
         Self {
             message: RouteNetlinkMessage::DelLink(message),
             flags: 0,
+            asks: false,
         }
     }
 
@@ -405,6 +497,7 @@ impl Query {
         Self {
             message: RouteNetlinkMessage::NewAddress(message),
             flags: NLM_F_CREATE | NLM_F_EXCL,
+            asks: false,
         }
     }
 
@@ -422,6 +515,7 @@ impl Query {
         Self {
             message: RouteNetlinkMessage::NewNeighbour(message),
             flags: NLM_F_CREATE | NLM_F_REPLACE,
+            asks: false,
         }
     }
 
@@ -452,15 +546,7 @@ impl Query {
         Self {
             message: RouteNetlinkMessage::NewRoute(message),
             flags: NLM_F_CREATE | NLM_F_REPLACE,
-        }
-    }
-
-    fn set(name: &str, attribute: LinkAttribute) -> Self {
-        let mut message = LinkMessage::default();
-        message.attributes = vec![LinkAttribute::IfName(name.into()), attribute];
-        Self {
-            message: RouteNetlinkMessage::SetLink(message),
-            flags: 0,
+            asks: false,
         }
     }
 }
@@ -475,6 +561,7 @@ impl Link {
             alias: None,
             up: message.header.flags.contains(LinkFlags::Up),
             running: false,
+            ipv6: None,
         };
         for attribute in &message.attributes {
             match attribute {
@@ -483,11 +570,56 @@ impl Link {
                 LinkAttribute::Address(mac) => link.mac.clone_from(mac),
                 LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
                 LinkAttribute::OperState(state) => link.running = *state == State::Up,
+                LinkAttribute::AfSpecUnspec(families) => link.ipv6 = ipv6_conf(families),
                 _ => {}
             }
         }
         link
     }
+
+    /// Whether it has this setting. What the kernel does not tell it has not.
+    pub fn has(&self, setting: Ipv6Setting) -> bool {
+        self.ipv6.is_some_and(|conf| match setting {
+            Ipv6Setting::Enabled => !conf.disabled,
+            Ipv6Setting::Forwarding => conf.forwarding,
+            // Who forwards hears advertisements only with 2.
+            Ipv6Setting::NoRouterAdvertisements => {
+                conf.accept_ra == 0 || conf.accept_ra == 1 && conf.forwarding
+            }
+            Ipv6Setting::NoProxy => !conf.proxy_ndp,
+        })
+    }
+}
+
+/// `IFLA_INET_CONF` as the kernel takes it: one attribute a setting, by its number in linux/ip.h.
+fn ipv4_conf(settings: &[(Ipv4Setting, u32)]) -> DefaultNla {
+    let mut bytes = Vec::new();
+    for (setting, value) in settings {
+        let number: u16 = match setting {
+            Ipv4Setting::Forwarding => 1,
+            Ipv4Setting::ProxyArp => 3,
+            Ipv4Setting::RpFilter => 8,
+        };
+        bytes.extend(8_u16.to_ne_bytes());
+        bytes.extend(number.to_ne_bytes());
+        bytes.extend(value.to_ne_bytes());
+    }
+    DefaultNla::new(IFLA_INET_CONF | NLA_F_NESTED, bytes)
+}
+
+fn ipv6_conf(families: &[AfSpecUnspec]) -> Option<Ipv6Conf> {
+    families.iter().find_map(|family| match family {
+        AfSpecUnspec::Inet6(parts) => parts.iter().find_map(|part| match part {
+            AfSpecInet6::DevConf(conf) => Some(Ipv6Conf {
+                disabled: conf.disable_ipv6 != 0,
+                forwarding: conf.forwarding != 0,
+                accept_ra: conf.accept_ra,
+                proxy_ndp: conf.proxy_ndp != 0,
+            }),
+            _ => None,
+        }),
+        _ => None,
+    })
 }
 
 fn family(address: IpAddr) -> AddressFamily {

@@ -10,7 +10,8 @@ use std::os::unix::net::UnixListener;
 use std::process::Stdio;
 use std::time::Duration;
 
-use kun_cni::{clock, host_interface_names, kernel, netns};
+use kun_cni::kernel::Kernel;
+use kun_cni::{clock, host_interface_names, netns};
 use kun_cni_core::ipam::Key;
 use kun_cni_core::plan::{self, Facts};
 use kun_config::Interfaces;
@@ -58,6 +59,7 @@ fn allocated(node: &Node, pod: &Pod) -> Facts {
         v4: allocation.v4,
         interfaces: Interfaces::Split,
         mtu: 1400,
+        mac: None,
         local_ports: (64512, 65535),
     }
 }
@@ -83,7 +85,8 @@ fn a_crash_after_any_step_is_cleaned_by_del_and_add_works_again() {
         // As if killed here: nothing is undone.
         node.netns.run(|| {
             let inside = netns::Netns::open(&pod.netns.path()).unwrap();
-            kernel::apply(&ops[..step], &inside, &mut Vec::new()).unwrap();
+            let mut kernel = Kernel::open(&inside).unwrap();
+            kernel.apply(&ops[..step], &mut Vec::new()).unwrap();
         });
         node.del(&pod).unwrap();
         assert_eq!(node.leavings(), "", "after step {step}");
@@ -263,28 +266,6 @@ fn a_damaged_store_is_refused_and_left_and_del_is_spooled() {
     assert_eq!(counts(&node), (0, 1, 63), "opening drains the spool");
 }
 
-/// An agent that answers from the real service, and tells what it was asked.
-fn agent(node: &Node, requests: usize) -> std::thread::JoinHandle<Vec<Request>> {
-    let listener = UnixListener::bind(node.parsed().agent.socket).unwrap();
-    let service = node.service();
-    std::thread::spawn(move || {
-        let mut asked = Vec::new();
-        while asked.len() < requests {
-            let (stream, _) = listener.accept().unwrap();
-            let mut writer = stream.try_clone().unwrap();
-            for line in BufReader::new(stream).lines() {
-                let request: Request = serde_json::from_str(&line.unwrap()).unwrap();
-                let mut answer =
-                    serde_json::to_vec(&service.handle(&request, clock::now())).unwrap();
-                answer.push(b'\n');
-                writer.write_all(&answer).unwrap();
-                asked.push(request);
-            }
-        }
-        asked
-    })
-}
-
 #[test]
 fn with_an_agent_the_store_is_the_agents() {
     if !require_root() {
@@ -292,7 +273,7 @@ fn with_an_agent_the_store_is_the_agents() {
     }
     let node = Node::new("split");
     let pod = Pod::new("c1", true);
-    let agent = agent(&node, 4);
+    let agent = node.agent(5);
     let result = node.add(&pod).unwrap();
     node.check(&pod, &result).unwrap();
     node.del(&pod).unwrap();
@@ -316,6 +297,11 @@ fn with_an_agent_the_store_is_the_agents() {
             traffic: Traffic::default(),
         },
         Request::Lookup { key: key(&pod) },
+        Request::Verify {
+            key: key(&pod),
+            host_interfaces: host_interface_names(&key(&pod), SlotClass::Dual, Interfaces::Split),
+            traffic: Traffic::default(),
+        },
         Request::Release {
             key: key(&pod),
             generation: Some(1),

@@ -20,9 +20,10 @@ pub(crate) const PACKAGES: &[(&str, &str)] = &[
     ("build-essential", "the linker that Rust calls"),
     (
         "containernetworking-plugins",
-        "the peer of the CNI bench: bridge and host-local",
+        "the peers of the CNI tests and bench",
     ),
     ("iproute2", "setting namespaces up"),
+    ("iptables", "what the reference plugin `portmap` calls"),
     ("iputils-ping", "echo probes of the live tests"),
     ("nginx-light", "the web server of the lab's internet host"),
     (

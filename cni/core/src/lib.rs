@@ -3,7 +3,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod choice;
 pub mod ipam;
+pub mod leaks;
 pub mod names;
 pub mod plan;
 pub mod spec;

@@ -33,6 +33,42 @@ const MAX_ALIAS: usize = 255;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Mac(pub [u8; 6]);
 
+impl Mac {
+    /// Of its text, with `:` or `-`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split([':', '-']);
+        for byte in &mut bytes {
+            let part = parts.next()?;
+            if part.len() != 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return None;
+            }
+            *byte = u8::from_str_radix(part, 16).ok()?;
+        }
+        parts.next().is_none().then_some(Self(bytes))
+    }
+
+    /// One interface's, and not nobody's.
+    pub fn is_unicast(self) -> bool {
+        self.0[0] & 1 == 0 && self.0 != [0; 6]
+    }
+
+    /// The link-local address that the kernel would make of it (RFC 4291 appendix A).
+    pub fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.0.map(u16::from);
+        Ipv6Addr::new(
+            0xfe80,
+            0,
+            0,
+            0,
+            (a ^ 2) << 8 | b,
+            c << 8 | 0xff,
+            0xfe00 | d,
+            e << 8 | f,
+        )
+    }
+}
+
 impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.0;
@@ -68,31 +104,83 @@ pub struct Pair {
     pub addresses: Vec<IpNet>,
 }
 
+/// A setting below `net.ipv4.conf.<interface>`, which a message can set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ipv4Setting {
+    /// `forwarding`
+    Forwarding,
+    /// `proxy_arp`
+    ProxyArp,
+    /// `rp_filter`
+    RpFilter,
+}
+
+/// A setting below `net.ipv6.conf.<interface>`, and what it must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ipv6Setting {
+    /// `disable_ipv6` = 0: runtimes may turn IPv6 off in new namespaces.
+    Enabled,
+    /// `forwarding` = 1
+    Forwarding,
+    /// `accept_ra` = 0
+    NoRouterAdvertisements,
+    /// `proxy_ndp` = 0
+    NoProxy,
+}
+
+impl Ipv6Setting {
+    /// The file's name and its value.
+    pub fn file(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Enabled => ("disable_ipv6", "0"),
+            Self::Forwarding => ("forwarding", "1"),
+            Self::NoRouterAdvertisements => ("accept_ra", "0"),
+            Self::NoProxy => ("proxy_ndp", "0"),
+        }
+    }
+}
+
 /// One step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Op {
-    /// A veth pair with both ends down, its far end made inside the pod, tagged.
+    /// A veth pair with both ends down, its far end made inside the pod.
     CreatePair {
         /// The pair.
         pair: Pair,
         /// MTU of both ends.
         mtu: u32,
     },
-    /// A file below /proc/sys/net.
-    Sysctl {
-        /// Where.
-        side: Side,
-        /// `ipv6/conf/eth0/accept_dad`
-        path: String,
-        /// Value.
-        value: String,
-    },
-    /// No link-local address of the kernel's making.
-    NoLinkLocal {
+    /// An interface's tag and settings, in one message. The kernel makes no link-local address on it.
+    Configure {
         /// Where.
         side: Side,
         /// Interface.
         ifname: String,
+        /// ifalias.
+        alias: Option<String>,
+        /// IPv4 settings of the interface.
+        ipv4: Vec<(Ipv4Setting, u32)>,
+        /// Administratively up, in the same message. The kernel comes to it before the rest, so only where nothing happens at
+        /// once: while the other end is down.
+        up: bool,
+    },
+    /// IPv6 settings of an interface, which no message sets: written where the kernel's own are others.
+    Ipv6 {
+        /// Where.
+        side: Side,
+        /// Interface.
+        ifname: String,
+        /// The settings.
+        settings: &'static [Ipv6Setting],
+    },
+    /// A file below /proc/sys/net.
+    Sysctl {
+        /// Where.
+        side: Side,
+        /// `ipv4/ip_local_port_range`
+        path: String,
+        /// Value.
+        value: String,
     },
     /// Administratively up.
     Up {
@@ -146,8 +234,9 @@ impl Op {
     pub fn side(&self) -> Side {
         match self {
             Op::CreatePair { .. } => Side::Host,
-            Op::Sysctl { side, .. }
-            | Op::NoLinkLocal { side, .. }
+            Op::Configure { side, .. }
+            | Op::Ipv6 { side, .. }
+            | Op::Sysctl { side, .. }
             | Op::Up { side, .. }
             | Op::Address { side, .. }
             | Op::Neighbour { side, .. }
@@ -162,8 +251,9 @@ impl Op {
             Op::CreatePair { pair, .. } => Some(Undo::RemoveLink {
                 host: pair.host.clone(),
             }),
-            Op::Sysctl { .. }
-            | Op::NoLinkLocal { .. }
+            Op::Configure { .. }
+            | Op::Ipv6 { .. }
+            | Op::Sysctl { .. }
             | Op::Up { .. }
             | Op::Address { .. }
             | Op::Neighbour { .. }
@@ -190,9 +280,8 @@ impl fmt::Display for Op {
             Op::Sysctl { side, path, value } => {
                 write!(f, "{}: /proc/sys/net/{path} = {value}", at(side))
             }
-            Op::NoLinkLocal { side, ifname } => {
-                write!(f, "{}: no link-local address on {ifname}", at(side))
-            }
+            Op::Configure { side, ifname, .. } => write!(f, "{}: settings of {ifname}", at(side)),
+            Op::Ipv6 { side, ifname, .. } => write!(f, "{}: IPv6 settings of {ifname}", at(side)),
             Op::Up { side, ifname } => write!(f, "{}: {ifname} up", at(side)),
             Op::Address {
                 side,
@@ -247,6 +336,8 @@ pub struct Facts {
     pub interfaces: Interfaces,
     /// MTU of every interface.
     pub mtu: u32,
+    /// Hardware address of CNI_IFNAME; `None`: of our making.
+    pub mac: Option<Mac>,
     /// First and last port of the pod's `ip_local_port_range`: its NAT64 port block is found by it.
     pub local_ports: (u16, u16),
 }
@@ -270,7 +361,10 @@ impl Facts {
                     Carries::V4 => second_name(&self.key.ifname),
                 },
                 host_mac: mac(&self.key, carries, "host"),
-                pod_mac: mac(&self.key, carries, "pod"),
+                pod_mac: match (carries, self.mac) {
+                    (Carries::V6 | Carries::Both, Some(mac)) => mac,
+                    (Carries::V4, _) | (_, None) => mac(&self.key, carries, "pod"),
+                },
                 alias: alias(&self.key, self.generation),
                 addresses: match carries {
                     Carries::V6 => vec![v6],
@@ -282,37 +376,57 @@ impl Facts {
     }
 }
 
-/// ADD, after the slot is allocated.
+/// ADD, after the slot is allocated: three turns, on the node, in the pod, on the node.
+///
+/// The host side comes up before the pod's: then the pod's has a carrier at once, and its packets pass. What is known of an
+/// interface by name goes first in each turn, so that one conversation with the kernel tells the indices that the rest needs.
 pub fn add(facts: &Facts) -> Vec<Op> {
     let pairs = facts.pairs();
-    let mut ops: Vec<Op> = pairs
-        .iter()
-        .map(|pair| Op::CreatePair {
+    let mut ops = Vec::new();
+    for pair in &pairs {
+        ops.push(Op::CreatePair {
             pair: pair.clone(),
             mtu: facts.mtu,
-        })
-        .collect();
-
-    // The host side comes up first: then the pod's side has a carrier at once when it comes up, and its packets pass.
-    for pair in &pairs {
-        ops.extend(host_ops(pair));
+        });
+        ops.push(Op::Configure {
+            side: Side::Host,
+            ifname: pair.host.clone(),
+            alias: Some(pair.alias.clone()),
+            ipv4: host_ipv4(pair.carries),
+            up: true,
+        });
     }
 
     let (first, last) = facts.local_ports;
-    ops.push(sysctl(
-        Side::Pod,
-        "ipv4/ip_local_port_range",
-        &format!("{first}\t{last}"),
-    ));
+    ops.push(Op::Sysctl {
+        side: Side::Pod,
+        path: "ipv4/ip_local_port_range".to_owned(),
+        value: format!("{first}\t{last}"),
+    });
     for pair in &pairs {
-        ops.extend(pod_ops(pair));
+        ops.extend(pod_link_ops(pair));
     }
+    for pair in &pairs {
+        ops.extend(pod_address_ops(pair));
+    }
+
     for pair in &pairs {
         ops.push(Op::AwaitCarrier {
             side: Side::Host,
             ifname: pair.host.clone(),
         });
     }
+    for pair in &pairs {
+        ops.extend(reach(pair));
+    }
+    ops
+}
+
+/// What a link's going down takes away on the node. Neighbours are left to be found: who asks does not know whether the pod
+/// chose its hardware address.
+pub fn restore(facts: &Facts) -> Vec<Op> {
+    let mut ops: Vec<Op> = facts.pairs().iter().flat_map(reach).collect();
+    ops.retain(|op| !matches!(op, Op::Neighbour { .. }));
     ops
 }
 
@@ -400,24 +514,24 @@ pub fn key_in(text: &str) -> Option<Key> {
     (text.len() < MAX_ALIAS && alias(&key, generation) == text).then_some(key)
 }
 
-fn host_ops(pair: &Pair) -> Vec<Op> {
+/// The host side's settings, neighbours and routes to the pod.
+fn reach(pair: &Pair) -> Vec<Op> {
     let side = Side::Host;
     let ifname = pair.host.clone();
-    let mut ops = vec![Op::NoLinkLocal {
-        side,
-        ifname: ifname.clone(),
-    }];
-    for (family, key, value) in host_sysctls(pair.carries) {
-        ops.push(sysctl(
+    let mut ops = Vec::new();
+    match pair.carries {
+        Carries::V6 | Carries::Both => ops.push(Op::Ipv6 {
             side,
-            &format!("{family}/conf/{ifname}/{key}"),
-            value,
-        ));
+            ifname: ifname.clone(),
+            // Nothing learnt, nothing answered on others' behalf.
+            settings: &[
+                Ipv6Setting::Forwarding,
+                Ipv6Setting::NoRouterAdvertisements,
+                Ipv6Setting::NoProxy,
+            ],
+        }),
+        Carries::V4 => {}
     }
-    ops.push(Op::Up {
-        side,
-        ifname: ifname.clone(),
-    });
     for address in &pair.addresses {
         ops.push(Op::Neighbour {
             side,
@@ -435,56 +549,57 @@ fn host_ops(pair: &Pair) -> Vec<Op> {
     ops
 }
 
-/// Forwarding on; nothing answered on others' behalf, nothing learnt; a pod's IPv4 packets must come from its own address.
-fn host_sysctls(carries: Carries) -> Vec<(&'static str, &'static str, &'static str)> {
-    let v6: &[_] = &[
-        ("ipv6", "forwarding", "1"),
-        ("ipv6", "accept_ra", "0"),
-        ("ipv6", "proxy_ndp", "0"),
-    ];
-    let v4: &[_] = &[
-        ("ipv4", "forwarding", "1"),
-        ("ipv4", "rp_filter", "1"),
-        ("ipv4", "proxy_arp", "0"),
-    ];
+/// Forwarding on; nothing answered on others' behalf; a pod's packets must come from its own address.
+fn host_ipv4(carries: Carries) -> Vec<(Ipv4Setting, u32)> {
     match carries {
-        Carries::V6 => v6.to_vec(),
-        Carries::V4 => v4.to_vec(),
-        Carries::Both => [v6, v4].concat(),
+        Carries::V6 => Vec::new(),
+        Carries::V4 | Carries::Both => vec![
+            (Ipv4Setting::Forwarding, 1),
+            (Ipv4Setting::RpFilter, 1),
+            (Ipv4Setting::ProxyArp, 0),
+        ],
     }
 }
 
-fn pod_ops(pair: &Pair) -> Vec<Op> {
+fn pod_link_ops(pair: &Pair) -> Vec<Op> {
     let side = Side::Pod;
     let ifname = pair.pod.clone();
     let mut ops = Vec::new();
     match pair.carries {
-        Carries::V6 | Carries::Both => {
-            // Runtimes may turn IPv6 off in new namespaces.
-            for (key, value) in [
-                ("disable_ipv6", "0"),
-                ("accept_dad", "0"),
-                ("accept_ra", "0"),
-                ("forwarding", "0"),
-            ] {
-                ops.push(sysctl(side, &format!("ipv6/conf/{ifname}/{key}"), value));
-            }
-        }
-        Carries::V4 => ops.push(Op::NoLinkLocal {
+        Carries::V6 | Carries::Both => ops.push(Op::Ipv6 {
             side,
             ifname: ifname.clone(),
+            settings: &[Ipv6Setting::Enabled, Ipv6Setting::NoRouterAdvertisements],
         }),
+        Carries::V4 => {}
     }
-    match pair.carries {
-        Carries::V4 | Carries::Both => {
-            ops.push(sysctl(side, &format!("ipv4/conf/{ifname}/forwarding"), "0"));
-        }
-        Carries::V6 => {}
-    }
-    ops.push(Op::Up {
+    ops.push(Op::Configure {
         side,
         ifname: ifname.clone(),
+        alias: None,
+        ipv4: match pair.carries {
+            // A new namespace has the node's.
+            Carries::V4 | Carries::Both => vec![(Ipv4Setting::Forwarding, 0)],
+            Carries::V6 => Vec::new(),
+        },
+        up: false,
     });
+    ops.push(Op::Up { side, ifname });
+    ops
+}
+
+fn pod_address_ops(pair: &Pair) -> Vec<Op> {
+    let side = Side::Pod;
+    let ifname = pair.pod.clone();
+    let mut ops = Vec::new();
+    if matches!(pair.carries, Carries::V6 | Carries::Both) {
+        // The kernel's own would wait for duplicate address detection, on a link that only the two of us are on.
+        ops.push(Op::Address {
+            side,
+            ifname: ifname.clone(),
+            address: IpNet::V6(Ipv6Net::new_assert(pair.pod_mac.link_local(), 64)),
+        });
+    }
     for address in &pair.addresses {
         let gateway = gateway(address);
         ops.push(Op::Address {
@@ -506,14 +621,6 @@ fn pod_ops(pair: &Pair) -> Vec<Op> {
         });
     }
     ops
-}
-
-fn sysctl(side: Side, path: &str, value: &str) -> Op {
-    Op::Sysctl {
-        side,
-        path: path.to_owned(),
-        value: value.to_owned(),
-    }
 }
 
 fn gateway(address: &IpNet) -> IpAddr {
@@ -567,6 +674,7 @@ mod tests {
             v4: v4.then(|| "10.0.0.1".parse().unwrap()),
             interfaces,
             mtu: 1500,
+            mac: None,
             local_ports: (64512, 65535),
         }
     }

@@ -2,7 +2,8 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use std::fs::File;
-use std::io::{Seek, Write};
+use std::io::{BufRead, BufReader, Seek, Write};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use kun_cni::clock;
 use kun_cni::ipam::IpamService;
 use kun_config::types::{BlockId, Slot};
+use kun_control::Request;
 use kun_harness::Netns;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -104,6 +106,52 @@ impl Node {
         answer(&self.execute(&vars, network.to_string().as_bytes()))
     }
 
+    /// Any plugin with these variables and this stdin, run on the node.
+    pub(crate) fn plugin(
+        &self,
+        program: &Path,
+        verb: &str,
+        pod: &Pod,
+        network: &Value,
+    ) -> Result<Option<Value>, Value> {
+        let netns = pod.netns.path();
+        let mut vars = pod.variables(verb, &netns);
+        for (name, value) in &mut vars {
+            if *name == "CNI_PATH" {
+                *value = cni_path();
+            }
+        }
+        let mut command = Command::new(program);
+        command
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .envs(vars)
+            .stdin(file_with(network.to_string().as_bytes()))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        answer(&self.netns.output(command).unwrap())
+    }
+
+    /// An agent that answers so many requests from the real service, and tells what it was asked.
+    pub(crate) fn agent(&self, requests: usize) -> std::thread::JoinHandle<Vec<Request>> {
+        let listener = UnixListener::bind(self.parsed().agent.socket).unwrap();
+        let service = self.service();
+        std::thread::spawn(move || {
+            let mut asked = Vec::new();
+            while asked.len() < requests {
+                let (stream, _) = listener.accept().unwrap();
+                let mut writer = stream.try_clone().unwrap();
+                for line in BufReader::new(stream).lines() {
+                    let request: Request = serde_json::from_str(&line.unwrap()).unwrap();
+                    let answer = service.handle(&request, clock::now());
+                    writeln!(writer, "{}", serde_json::to_string(&answer).unwrap()).unwrap();
+                    asked.push(request);
+                }
+            }
+            asked
+        })
+    }
+
     pub(crate) fn add(&self, pod: &Pod) -> Result<Value, Value> {
         self.verb("ADD", pod, &pod.network(self))
             .map(|v| v.expect("ADD has a result"))
@@ -178,6 +226,15 @@ impl Pod {
             ),
         ]
     }
+}
+
+/// Where Debian has the reference plugins.
+pub(crate) const DEBIAN: &str = "/usr/lib/cni";
+
+/// Debian's plugins, and ours for them to call.
+pub(crate) fn cni_path() -> String {
+    let ours = Path::new(env!("CARGO_BIN_EXE_kun-cni")).parent().unwrap();
+    format!("{DEBIAN}:{}", ours.display())
 }
 
 /// Exit code and stdout, as libcni reads them.

@@ -5,6 +5,7 @@
 //! peer and the CPU time are what to compare between machines.
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,6 +16,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use kun_cni::clock;
 use kun_cni::ipam::IpamService;
+use kun_cni::netlink::{Query, Rtnl};
+use kun_cni_core::names::Carries;
+use kun_cni_core::plan::{Mac, Pair};
 use kun_config::types::{BlockId, Slot, SlotClass};
 use kun_control::{AttachmentKey, PodRef, Request, Response};
 use kun_harness::Netns;
@@ -53,12 +57,18 @@ pub fn run(context: &Context) -> Result<Vec<Row>> {
         let pods = &pods[..parallel];
         let mut mine = Figures::default();
         let mut theirs: Vec<Figures> = peers.iter().map(|_| Figures::default()).collect();
+        let mut floor = Figures::default();
         // Turn by turn, so that what else the machine does falls on all alike.
         for _ in 0..rounds {
+            floor.add(least(&ours, pods, parallel)?);
             mine.add(ours.round(pods, parallel)?);
             for (peer, figures) in peers.iter().zip(&mut theirs) {
                 figures.add(peer.round(pods, parallel)?);
             }
+        }
+        for (what, percent) in [("p50", 50), ("p99", 99)] {
+            let name = format!("cni/floor-{what}@{parallel}");
+            rows.push(Row::new(name, floor.percentile(percent), "ms"));
         }
         rows.extend(compare(parallel, &mine, &peers, &theirs));
     }
@@ -71,6 +81,7 @@ pub fn run(context: &Context) -> Result<Vec<Row>> {
         figures.percentile(50),
         "ms",
     ));
+    rows.extend(density(context)?);
     Ok(rows)
 }
 
@@ -104,6 +115,15 @@ fn compare(parallel: usize, mine: &Figures, peers: &[Plugin], theirs: &[Figures]
             Row::new(format!("cni/add-faster-than-bridge@{parallel}"), ratio, "x").at_least(3.0),
         );
     }
+    let mut del = Row::new(
+        format!("cni/del-p50@{parallel}"),
+        percentile(&mine.dels, 50),
+        "ms",
+    );
+    if let (Some(peer), Some(figures)) = (peers.first(), theirs.first()) {
+        del = del.beside(&peer.name, percentile(&figures.dels, 50));
+    }
+    rows.push(del);
     let mut cpu = Row::new(format!("cni/add-cpu@{parallel}"), mine.cpu(), "ms");
     if let (Some(peer), Some(figures)) = (peers.first(), theirs.first()) {
         cpu = cpu.beside(&peer.name, figures.cpu());
@@ -116,27 +136,34 @@ fn compare(parallel: usize, mine: &Figures, peers: &[Plugin], theirs: &[Figures]
 #[derive(Debug, Default)]
 struct Figures {
     adds: Vec<Duration>,
+    dels: Vec<Duration>,
     cpu: Duration,
 }
 
 impl Figures {
     fn add(&mut self, more: Figures) {
         self.adds.extend(more.adds);
+        self.dels.extend(more.dels);
         self.cpu += more.cpu;
     }
 
-    /// Milliseconds.
+    /// Of ADD, in milliseconds.
     fn percentile(&self, percent: usize) -> f64 {
-        let mut sorted = self.adds.clone();
-        sorted.sort_unstable();
-        let index = (sorted.len() * percent).div_ceil(100).max(1) - 1;
-        sorted.get(index).map_or(0.0, |d| d.as_secs_f64() * 1000.0)
+        percentile(&self.adds, percent)
     }
 
     /// Milliseconds an ADD.
     fn cpu(&self) -> f64 {
         self.cpu.as_secs_f64() * 1000.0 / self.adds.len().max(1) as f64
     }
+}
+
+/// Milliseconds.
+fn percentile(times: &[Duration], percent: usize) -> f64 {
+    let mut sorted = times.to_vec();
+    sorted.sort_unstable();
+    let index = (sorted.len() * percent).div_ceil(100).max(1) - 1;
+    sorted.get(index).map_or(0.0, |d| d.as_secs_f64() * 1000.0)
 }
 
 /// A plugin on a node of its own.
@@ -163,8 +190,8 @@ impl Plugin {
         let before = children_cpu()?;
         let adds = self.all("ADD", pods, parallel)?;
         let cpu = children_cpu()?.saturating_sub(before);
-        self.all("DEL", pods, parallel)?;
-        Ok(Figures { adds, cpu })
+        let dels = self.all("DEL", pods, parallel)?;
+        Ok(Figures { adds, dels, cpu })
     }
 
     fn all(&self, verb: &str, pods: &[Netns], parallel: usize) -> Result<Vec<Duration>> {
@@ -194,7 +221,55 @@ impl Plugin {
         })
     }
 
+    /// A process, and two pairs with nothing on them; removed again after the time is taken.
+    fn bare(&self, index: usize, pod: &Netns, rtnl: &mut Rtnl) -> Result<Duration> {
+        let netns = std::fs::File::open(pod.path())?;
+        let pairs: Vec<Pair> = [Carries::V6, Carries::V4]
+            .into_iter()
+            .enumerate()
+            .map(|(i, carries)| {
+                let mac = |end: u8| Mac([2, end, i as u8, 0, (index >> 8) as u8, index as u8]);
+                Pair {
+                    carries,
+                    host: format!("bare{i}x{index}"),
+                    pod: format!("eth{i}"),
+                    host_mac: mac(0),
+                    pod_mac: mac(1),
+                    alias: String::new(),
+                    addresses: Vec::new(),
+                }
+            })
+            .collect();
+        let begin = Instant::now();
+        let version = Command::new(&self.program)
+            .env_clear()
+            .env("CNI_COMMAND", "VERSION")
+            .stdin(Stdio::null())
+            .output()?;
+        ensure!(version.status.success(), "VERSION failed");
+        let queries: Vec<Query> = pairs
+            .iter()
+            .map(|pair| Query::create_pair(pair, 1500, netns.as_fd()))
+            .collect();
+        for verdict in rtnl.batch(&queries)? {
+            verdict?;
+        }
+        let took = begin.elapsed();
+        let group = 0x6b00_0000 + u32::try_from(index)?;
+        for pair in &pairs {
+            if let Some(link) = rtnl.link(&pair.host)? {
+                rtnl.batch(&[Query::group(link.index, group)])?;
+            }
+        }
+        rtnl.batch(&[Query::remove_group(group)])?;
+        Ok(took)
+    }
+
     fn execute(&self, verb: &str, pod: &Netns) -> Result<Duration> {
+        self.one(verb, pod, "eth0")
+    }
+
+    fn one(&self, verb: &str, pod: &Netns, ifname: &str) -> Result<Duration> {
         let begin = Instant::now();
         let mut child = Command::new(&self.program)
             .env_clear()
@@ -202,7 +277,7 @@ impl Plugin {
             .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", pod.name())
             .env("CNI_NETNS", pod.path())
-            .env("CNI_IFNAME", "eth0")
+            .env("CNI_IFNAME", ifname)
             .env("CNI_PATH", self.program.parent().unwrap_or(Path::new("/")))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -222,6 +297,147 @@ impl Plugin {
         );
         Ok(took)
     }
+}
+
+/// What no plugin that makes two pairs can be faster than here: a process that says its version, and two pairs made and removed
+/// through an open socket, with nothing on them.
+fn least(ours: &Plugin, pods: &[Netns], parallel: usize) -> Result<Figures> {
+    let next = AtomicUsize::new(0);
+    let adds = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..parallel)
+            .map(|_| {
+                scope.spawn(|| {
+                    ours.node.run(|| {
+                        let mut rtnl = Rtnl::open()?;
+                        let mut took = Vec::new();
+                        loop {
+                            let index = next.fetch_add(1, Ordering::Relaxed);
+                            let Some(pod) = pods.get(index) else {
+                                return Ok(took);
+                            };
+                            took.push(ours.bare(index, pod, &mut rtnl)?);
+                        }
+                    })
+                })
+            })
+            .collect();
+        let mut all = Vec::new();
+        for thread in threads {
+            let more: Result<Vec<Duration>> = thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            all.extend(more?);
+        }
+        anyhow::Ok(all)
+    })?;
+    Ok(Figures {
+        adds,
+        ..Figures::default()
+    })
+}
+
+/// Attachments on the densest node in use.
+const DENSE: usize = 2500;
+/// The interfaces of a namespace slow its own down: so many attachments share one.
+const A_NAMESPACE: usize = 50;
+/// Of the last attachments so many are timed.
+const TIMED: usize = 100;
+/// A starting agent loads its programs and reads the cluster.
+const AGENT_STARTS_WITHIN: Duration = Duration::from_secs(60);
+
+/// The real agent with the densest node's attachments: its memory, and an ADD there.
+fn density(context: &Context) -> Result<Vec<Row>> {
+    let dir = context.scratch().join("dense");
+    std::fs::create_dir_all(dir.join("manifests"))?;
+    let cgroup = kun_harness::Cgroup::new()?;
+    let bpffs = kun_harness::BpfFs::new()?;
+    let mut manifests = String::from(
+        "apiVersion: v1\nkind: Node\nmetadata: {name: n}\nstatus: {addresses: [{type: InternalIP, address: 192.0.2.2}]}\n",
+    );
+    for (i, block) in blocks(64).iter().enumerate() {
+        manifests += &format!(
+            "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {{name: b{i}}}\nspec: {{first: {}, node: n}}\n",
+            block.first()
+        );
+    }
+    std::fs::write(dir.join("manifests/blocks.yaml"), manifests)?;
+    let file = dir.join("kun.yaml");
+    let socket = dir.join("agent.sock");
+    let text = json!({
+        "node": {"name": "n"},
+        "cluster": {"folder": dir.join("manifests")},
+        "ipam": {"podPrefix": "fd00:64::/96", "v4Pools": ["10.64.0.0/16"], "defaultClass": "dual", "mtu": 1500},
+        "proxy": {"cgroupRoot": cgroup.path()},
+        "agent": {
+            "stateDir": dir.join("state"), "socket": socket, "bpffsRoot": bpffs.path(),
+            "metrics": "[::1]:9466", "log": "warn",
+        },
+    });
+    std::fs::write(&file, text.to_string())?;
+    let node = Netns::new("bench-dense")?;
+    node.forward()?;
+    let mut command = Command::new(context.program("kun-proxy")?);
+    command.arg("--config").arg(&file).stderr(Stdio::null());
+    let mut agent = node.spawn(command)?;
+    kun_harness::wait_for("the agent with its blocks", AGENT_STARTS_WITHIN, || {
+        if !agent.is_running() {
+            return Some(false);
+        }
+        let capacity = Request::Capacity { class: None };
+        match kun_control::ask(&socket, &capacity) {
+            Ok(Response::Capacity { free, .. }) => (free as usize >= DENSE).then_some(true),
+            Ok(_) | Err(_) => None,
+        }
+    })?
+    .then_some(())
+    .context("kun-proxy ended")?;
+    let empty = resident(agent.pid())?;
+
+    let plugin = Plugin {
+        name: "kun-cni".to_owned(),
+        program: context.program("kun-cni")?,
+        network: json!({
+            "cniVersion": "1.0.0", "name": "kun", "type": "kun-cni", "kunConfig": file,
+        }),
+        node,
+        _agent: None,
+    };
+    let pods: Vec<Netns> = (0..DENSE.div_ceil(A_NAMESPACE))
+        .map(|_| Netns::new("bench-pods"))
+        .collect::<Result<_>>()?;
+    let mut adds = Vec::new();
+    for i in 0..DENSE {
+        let pod = &pods[i / A_NAMESPACE];
+        let took = plugin
+            .node
+            .run(|| plugin.one("ADD", pod, &format!("p{i}x")))?;
+        adds.push(took);
+    }
+    let full = resident(agent.pid())?;
+    let last = Figures {
+        adds: adds.split_off(DENSE - TIMED),
+        ..Figures::default()
+    };
+    Ok(vec![
+        Row::new(format!("cni/agent-memory@{DENSE}"), full, "MB"),
+        Row::new("cni/agent-memory@0", empty, "MB"),
+        Row::new(
+            format!("cni/add-p50-with-agent-of-{DENSE}"),
+            last.percentile(50),
+            "ms",
+        ),
+    ])
+}
+
+/// Resident memory of a process, in MB.
+fn resident(pid: u32) -> Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let kilobytes: f64 = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok())
+        .context("VmRSS")?;
+    Ok(kilobytes / 1024.0)
 }
 
 /// Ours with an agent that answers for the addresses alone.

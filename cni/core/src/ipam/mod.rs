@@ -224,6 +224,11 @@ impl Ipam {
         (since.0.saturating_add(self.rules.cooldown)).saturating_sub(now.0)
     }
 
+    /// Not zero: the store was rebuilt; the generation of a slot that it knew nothing of.
+    pub fn floor(&self) -> u64 {
+        self.floor
+    }
+
     /// The rules.
     pub fn rules(&self) -> Rules {
         self.rules

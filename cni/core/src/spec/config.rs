@@ -6,26 +6,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+use ipnet::IpNet;
 use serde_json::{Map, Value};
 
+use super::conventions::Wishes;
 use super::env::{is_identifier, is_ifname};
-use super::result::{ResultError, Success};
+use super::result::{ResultError, Route, Success};
 use super::version::{UnsupportedVersion, Version};
 
 /// Where `kun.yaml` lies unless the configuration says otherwise.
 pub const DEFAULT_KUN_CONFIG: &str = "/etc/kun/kun.yaml";
 
-/// The pod's annotation that decides its class.
-pub const IPV4_ANNOTATION: &str = "kun.network/ipv4";
-
 /// A configuration with the previous result of a long chain has a few kilobytes.
 const MAX_STDIN: usize = 1 << 20;
 
-/// The capability under which containerd hands over the pod's annotations.
-const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
-
-/// [`IPV4_ANNOTATION`] in CNI_ARGS, whose keys may only be letters, digits and `_`.
-const IPV4_ARG: &str = "KUN_NETWORK_IPV4";
+/// The plugin's name in `type`.
+const OURS: &str = "kun-cni";
 
 /// What is wrong with the configuration.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +49,7 @@ pub enum ConfigError {
     #[error("{field}: not supported; {instead}")]
     Unsupported {
         /// The key.
-        field: &'static str,
+        field: String,
         /// What to do.
         instead: &'static str,
     },
@@ -78,6 +74,24 @@ pub struct AttachmentId {
     pub ifname: String,
 }
 
+/// In which part the plugin was called.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Role {
+    /// `"type": "kun-cni"`: interfaces and addresses.
+    Main,
+    /// `"ipam": {"type": "kun-cni"}` of another plugin: addresses alone.
+    Ipam(IpamOptions),
+}
+
+/// What the `ipam` section says to kun.
+#[derive(Debug, Clone, PartialEq)]
+pub struct IpamOptions {
+    /// `gateway`: whether the result names the block's first address as next hop. It is no pod's then.
+    pub gateway: bool,
+    /// `routes`; `None`: a default route for each family, where there is a gateway.
+    pub routes: Option<Vec<Route>>,
+}
+
 /// A network configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NetworkConfig {
@@ -89,7 +103,8 @@ pub struct NetworkConfig {
     pub kun_config: PathBuf,
     /// `prevResult`
     pub previous: Option<Success>,
-    annotation: Option<bool>,
+    /// Whom it is for.
+    pub role: Role,
     raw: Map<String, Value>,
 }
 
@@ -117,17 +132,16 @@ impl NetworkConfig {
                 ));
             }
         };
-        let kun_config = match raw.get("kunConfig") {
+        let role = role(&raw)?;
+        let section = match &role {
+            Role::Main => None,
+            Role::Ipam(_) => raw.get("ipam").and_then(|i| i.get("kunConfig")),
+        };
+        let kun_config = match section.or(raw.get("kunConfig")) {
             None => PathBuf::from(DEFAULT_KUN_CONFIG),
             Some(Value::String(path)) if path.starts_with('/') => PathBuf::from(path),
             Some(other) => return Err(field("kunConfig", other, "it is an absolute path")),
         };
-        if raw.get("ipam").is_some_and(|ipam| !is_empty(ipam)) {
-            return Err(ConfigError::Unsupported {
-                field: "ipam",
-                instead: "kun allocates by itself: leave the key out",
-            });
-        }
         let previous = match raw.get("prevResult") {
             None | Some(Value::Null) => None,
             Some(value) => Some(Success::parse(value).map_err(|e| match e {
@@ -138,13 +152,12 @@ impl NetworkConfig {
                 },
             })?),
         };
-        let annotation = annotation(&raw)?;
         Ok(Self {
             version,
             name,
             kun_config,
             previous,
-            annotation,
+            role,
             raw,
         })
     }
@@ -161,15 +174,9 @@ impl NetworkConfig {
         })
     }
 
-    /// Whether the pod wants IPv4: the pod's annotation, else `args.cni`, else CNI_ARGS; `None`: the default class. By
-    /// convention `args` beats CNI_ARGS.
-    pub fn wants_ipv4(&self, args: &BTreeMap<String, String>) -> Result<Option<bool>, ConfigError> {
-        if self.annotation.is_some() {
-            return Ok(self.annotation);
-        }
-        args.get(IPV4_ARG)
-            .map(|text| parse_bool(&format!("CNI_ARGS {IPV4_ARG}"), text))
-            .transpose()
+    /// What the runtime and the pod ask for. ADD and CHECK look at it; DEL does not fail for it.
+    pub fn wishes(&self, args: &BTreeMap<String, String>) -> Result<Wishes, ConfigError> {
+        Wishes::parse(&self.raw, args)
     }
 
     /// GC: the attachments that are still valid. Absent is not empty: an absent list frees nothing and is refused.
@@ -204,51 +211,75 @@ impl NetworkConfig {
     }
 }
 
-fn annotation(raw: &Map<String, Value>) -> Result<Option<bool>, ConfigError> {
-    let pod = raw
-        .get("runtimeConfig")
-        .and_then(|c| c.get(ANNOTATIONS))
-        .and_then(|a| a.get(IPV4_ANNOTATION));
-    if let Some(value) = pod {
-        let path = format!("runtimeConfig.\"{ANNOTATIONS}\".\"{IPV4_ANNOTATION}\"");
-        return boolean(&path, value).map(Some);
+fn role(raw: &Map<String, Value>) -> Result<Role, ConfigError> {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
+    let main = text(raw.get("type"));
+    let section = match raw.get("ipam") {
+        None | Some(Value::Null) => return Ok(Role::Main),
+        Some(Value::Object(section)) if section.is_empty() => return Ok(Role::Main),
+        Some(Value::Object(section)) => section,
+        Some(other) => return Err(field("ipam", other, "it is an object")),
+    };
+    if text(section.get("type")).as_deref() != Some(OURS) {
+        return Err(ConfigError::Unsupported {
+            field: "ipam".to_owned(),
+            instead: "kun allocates by itself: leave the key out",
+        });
     }
-    raw.get("args")
-        .and_then(|a| a.get("cni"))
-        .and_then(|c| c.get(IPV4_ANNOTATION))
-        .map(|value| boolean(&format!("args.cni.\"{IPV4_ANNOTATION}\""), value))
-        .transpose()
+    if main.as_deref() == Some(OURS) {
+        return Ok(Role::Main);
+    }
+    let gateway = match section.get("gateway") {
+        None | Some(Value::Null) => true,
+        Some(Value::Bool(b)) => *b,
+        Some(other) => return Err(field("ipam.gateway", other, "it is true or false")),
+    };
+    let routes = match section.get("routes") {
+        None | Some(Value::Null) => None,
+        Some(Value::Array(list)) => Some(
+            list.iter()
+                .enumerate()
+                .map(|(i, entry)| route(&format!("ipam.routes[{i}]"), entry))
+                .collect::<Result<_, _>>()?,
+        ),
+        Some(other) => return Err(field("ipam.routes", other, "it is a list")),
+    };
+    Ok(Role::Ipam(IpamOptions { gateway, routes }))
 }
 
-fn boolean(path: &str, value: &Value) -> Result<bool, ConfigError> {
-    match value {
-        Value::Bool(b) => Ok(*b),
-        Value::String(text) => parse_bool(path, text),
-        other => Err(field(path, other, "it is \"true\" or \"false\"")),
-    }
+fn route(path: &str, entry: &Value) -> Result<Route, ConfigError> {
+    const RIGHT: &str = "it is {\"dst\": \"::/0\", \"gw\": \"fd00::1\"}";
+    let Value::Object(map) = entry else {
+        return Err(field(path, entry, RIGHT));
+    };
+    let dst = map.get("dst").unwrap_or(&Value::Null);
+    let to: IpNet = dst
+        .as_str()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| field(&format!("{path}.dst"), dst, "it is a prefix"))?;
+    let gw = match map.get("gw") {
+        None | Some(Value::Null) => None,
+        Some(value) => Some(
+            value
+                .as_str()
+                .and_then(|text| text.parse().ok())
+                .filter(|gw: &std::net::IpAddr| gw.is_ipv4() == to.addr().is_ipv4())
+                .ok_or_else(|| {
+                    field(
+                        &format!("{path}.gw"),
+                        value,
+                        "it is an address of dst's family",
+                    )
+                })?,
+        ),
+    };
+    let mut rest = map.clone();
+    rest.remove("dst");
+    rest.remove("gw");
+    Ok(Route { dst: to, gw, rest })
 }
 
-fn parse_bool(path: &str, text: &str) -> Result<bool, ConfigError> {
-    match text {
-        "true" => Ok(true),
-        "false" => Ok(false),
-        other => Err(field(
-            path,
-            &Value::from(other),
-            "it is \"true\" or \"false\"",
-        )),
-    }
-}
-
-fn is_empty(value: &Value) -> bool {
-    match value {
-        Value::Null => true,
-        Value::Object(map) => map.is_empty(),
-        Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => false,
-    }
-}
-
-fn field(path: &str, value: &Value, right: &'static str) -> ConfigError {
+pub(super) fn field(path: &str, value: &Value, right: &'static str) -> ConfigError {
     ConfigError::Field {
         field: path.to_owned(),
         wrong: match value {
@@ -283,7 +314,8 @@ mod tests {
         let config = parse(base()).unwrap();
         assert_eq!(config.version, Version::V1_1_0);
         assert_eq!(config.kun_config, PathBuf::from(DEFAULT_KUN_CONFIG));
-        assert_eq!(config.wants_ipv4(&BTreeMap::new()).unwrap(), None);
+        assert_eq!(config.role, Role::Main);
+        assert_eq!(config.wishes(&BTreeMap::new()).unwrap(), Wishes::default());
     }
 
     #[test]
@@ -314,11 +346,24 @@ mod tests {
                 "ipam: not supported; kun allocates by itself: leave the key out",
             ),
             (
-                with(
-                    "runtimeConfig",
-                    json!({ANNOTATIONS: {IPV4_ANNOTATION: "yes"}}),
-                ),
-                "runtimeConfig.\"io.kubernetes.cri.pod-annotations\".\"kun.network/ipv4\": \"yes\" is wrong; it is \"true\" or \"false\"",
+                with("ipam", json!([])),
+                "ipam: [] is wrong; it is an object",
+            ),
+            (
+                delegated(json!({"gateway": 1})),
+                "ipam.gateway: 1 is wrong; it is true or false",
+            ),
+            (
+                delegated(json!({"routes": [{"gw": "10.0.0.1"}]})),
+                "ipam.routes[0].dst: missing; it is a prefix",
+            ),
+            (
+                delegated(json!({"routes": [{"dst": "::/0", "gw": "10.0.0.1"}]})),
+                "ipam.routes[0].gw: \"10.0.0.1\" is wrong; it is an address of dst's family",
+            ),
+            (
+                delegated(json!({"kunConfig": 7})),
+                "kunConfig: 7 is wrong; it is an absolute path",
             ),
             (
                 with(
@@ -345,24 +390,30 @@ mod tests {
         ));
     }
 
-    #[test]
-    fn the_annotation_beats_args_and_args_beat_the_environment() {
-        let env = BTreeMap::from([(IPV4_ARG.to_owned(), "true".to_owned())]);
-        let args = json!({"cni": {IPV4_ANNOTATION: false}});
-        let annotations = json!({ANNOTATIONS: {IPV4_ANNOTATION: "true", "other": "x"}});
+    /// As `bridge` hands its whole configuration to its delegate.
+    fn delegated(mut section: Value) -> Value {
+        section["type"] = OURS.into();
+        json!({"cniVersion": "1.1.0", "name": "kun", "type": "bridge", "ipam": section})
+    }
 
-        let mut config = base();
-        assert_eq!(
-            parse(config.clone()).unwrap().wants_ipv4(&env).unwrap(),
-            Some(true)
-        );
-        config["args"] = args;
-        assert_eq!(
-            parse(config.clone()).unwrap().wants_ipv4(&env).unwrap(),
-            Some(false)
-        );
-        config["runtimeConfig"] = annotations;
-        assert_eq!(parse(config).unwrap().wants_ipv4(&env).unwrap(), Some(true));
+    #[test]
+    fn the_part_is_told_by_both_types() {
+        let role = |value| parse(value).unwrap().role;
+        assert_eq!(role(with("ipam", json!({}))), Role::Main);
+        assert_eq!(role(with("ipam", json!({"type": OURS}))), Role::Main);
+        let Role::Ipam(options) = role(delegated(json!({}))) else {
+            panic!("ipam")
+        };
+        assert!(options.gateway && options.routes.is_none());
+        let routes = json!([{"dst": "10.0.0.0/8", "mtu": 1400}]);
+        let config = delegated(json!({"gateway": false, "routes": routes, "kunConfig": "/k"}));
+        let config = parse(config).unwrap();
+        assert_eq!(config.kun_config, PathBuf::from("/k"));
+        let Role::Ipam(options) = config.role else {
+            panic!("ipam")
+        };
+        let routes = options.routes.unwrap();
+        assert!(!options.gateway && routes[0].rest["mtu"] == 1400);
     }
 
     #[test]

@@ -91,10 +91,15 @@ pub fn parse<'a>(get: impl Fn(&'static str) -> Option<&'a str>) -> Result<Invoca
         return Err(EnvError::Missing { verb, names });
     }
     let attachment = || {
+        let args = args(set("CNI_ARGS").unwrap_or_default());
         Ok(Attachment {
             container_id: container_id(set("CNI_CONTAINERID").unwrap_or_default())?,
             ifname: ifname(set("CNI_IFNAME").unwrap_or_default())?,
-            args: args(set("CNI_ARGS").unwrap_or_default())?,
+            args: match verb {
+                // It must work, and no argument changes what it does.
+                "DEL" => args.unwrap_or_default(),
+                _ => args?,
+            },
         })
     };
     let netns = set("CNI_NETNS").map(PathBuf::from);
@@ -248,6 +253,21 @@ mod tests {
         ] {
             assert!(!is_ifname(bad), "{bad}");
         }
+    }
+
+    #[test]
+    fn del_does_not_fail_for_its_arguments() {
+        let vars = |command| {
+            [
+                ("CNI_COMMAND", command),
+                ("CNI_CONTAINERID", "c"),
+                ("CNI_IFNAME", "eth0"),
+                ("CNI_NETNS", "/run/netns/x"),
+                ("CNI_ARGS", "A"),
+            ]
+        };
+        assert!(with(&vars("DEL")).is_ok());
+        assert_eq!(with(&vars("ADD")), Err(EnvError::Args("A".into())));
     }
 
     #[test]

@@ -2,12 +2,16 @@
 //! else; what follows works on types that cannot be wrong.
 
 mod config;
+mod conventions;
 mod env;
 mod failure;
 mod result;
 mod version;
 
-pub use config::{AttachmentId, ConfigError, DEFAULT_KUN_CONFIG, IPV4_ANNOTATION, NetworkConfig};
+pub use config::{AttachmentId, ConfigError, DEFAULT_KUN_CONFIG, IpamOptions, NetworkConfig, Role};
+pub use conventions::{
+    AddressRange, IPS_ANNOTATION, IPV4_ANNOTATION, PortMapping, RateLimit, Transport, Wishes,
+};
 pub use env::{Attachment, EnvError, Invocation, parse as parse_environment};
 pub use failure::{Code, Failure};
 pub use result::{Interface, Ip, ResultError, Route, Success};

@@ -76,13 +76,17 @@ impl Success {
         let interfaces: Vec<Value> = self.interfaces.iter().map(|i| i.json(version)).collect();
         let ips: Vec<Value> = self.ips.iter().map(|ip| ip.json(version)).collect();
         let routes: Vec<Value> = self.routes.iter().map(|r| r.json(version)).collect();
-        json!({
+        let mut json = json!({
             "cniVersion": version.as_str(),
-            "interfaces": interfaces,
             "ips": ips,
             "routes": routes,
             "dns": self.dns,
-        })
+        });
+        // An IPAM plugin's result must not have the key (§4).
+        if !interfaces.is_empty() {
+            json["interfaces"] = interfaces.into();
+        }
+        json
     }
 
     /// Of a `prevResult`. Every version from 0.3.0 on is a subset of the newest, so that one reader reads all.

@@ -1,0 +1,220 @@
+//! Slots for the verbs: asked for, given back, and the words for what cannot be had.
+
+use kun_cni_core::choice::{Wanted, wanted};
+use kun_cni_core::spec::{Attachment, Code, Failure, NetworkConfig, Success, Wishes};
+use kun_config::Config;
+use kun_control::{Allocation, AttachmentKey, PodRef, Request, Response, SlotRange, Unavailable};
+
+use crate::allocator::Allocator;
+use crate::ipam::core_key;
+use crate::spool::{Entry, Spool};
+
+/// The attachment's key.
+pub(crate) fn key(attachment: &Attachment, network: &NetworkConfig) -> AttachmentKey {
+    AttachmentKey {
+        network: network.name.clone(),
+        container_id: attachment.container_id.clone(),
+        ifname: attachment.ifname.clone(),
+    }
+}
+
+/// What the runtime tells about the pod.
+fn pod(attachment: &Attachment) -> PodRef {
+    let arg = |name| attachment.args.get(name).cloned().unwrap_or_default();
+    PodRef {
+        namespace: arg("K8S_POD_NAMESPACE"),
+        name: arg("K8S_POD_NAME"),
+        uid: arg("K8S_POD_UID"),
+    }
+}
+
+/// A durable slot as wished for. `delegated`: another plugin makes the interfaces.
+pub(crate) fn allocate(
+    allocator: &mut Allocator,
+    attachment: &Attachment,
+    network: &NetworkConfig,
+    wishes: &Wishes,
+    config: &Config,
+    delegated: bool,
+) -> Result<Allocation, Failure> {
+    let (class, wanted) = wanted(wishes, config.ipam.pod_prefix)?;
+    let (slot, within) = match wanted {
+        Wanted::Any => (None, Vec::new()),
+        Wanted::Slot(slot) => (Some(slot), Vec::new()),
+        Wanted::Within(ranges) => (
+            None,
+            ranges
+                .into_iter()
+                .map(|(first, last)| SlotRange { first, last })
+                .collect(),
+        ),
+    };
+    let response = allocator.ask(&Request::Allocate {
+        key: key(attachment, network),
+        pod: pod(attachment),
+        class,
+        slot,
+        within,
+        delegated,
+    })?;
+    match response {
+        Response::Allocation { allocation } => Ok(allocation),
+        Response::Exhausted { exhausted } => Err(Failure::new(Code::TryAgainLater, exhausted)),
+        Response::Unavailable { slot, because } => {
+            let address = config.ipam.pod_prefix.address(slot);
+            Err(unavailable(
+                &match v4(slot) {
+                    Some(v4) => format!("{v4} ({address})"),
+                    None => address.to_string(),
+                },
+                because,
+            ))
+        }
+        other => Err(unexpected("Allocate", other)),
+    }
+}
+
+fn v4(slot: kun_config::types::Slot) -> Option<std::net::Ipv4Addr> {
+    match slot.class() {
+        kun_config::types::SlotClass::Dual => Some(slot.ipv4()),
+        kun_config::types::SlotClass::V6Only => None,
+    }
+}
+
+fn unavailable(address: &str, because: Unavailable) -> Failure {
+    match because {
+        Unavailable::NotOurs => Failure::new(
+            Code::InvalidConfig,
+            format!("{address} is in no block of this node; `kunctl ipam` shows those that are"),
+        ),
+        Unavailable::Allocated { key, pod } => {
+            let who = match pod.name.is_empty() {
+                true => format!("container {} ({})", key.container_id, key.ifname),
+                false => format!("pod {}/{}", pod.namespace, pod.name),
+            };
+            Failure::new(
+                Code::TryAgainLater,
+                format!("{address} is in use by {who}; it can be had some time after that is gone"),
+            )
+        }
+        Unavailable::Cooling {
+            free_in_secs: Some(seconds),
+        } => Failure::new(
+            Code::TryAgainLater,
+            format!("{address} was released and cools; it is free in {seconds} s"),
+        ),
+        Unavailable::Cooling { free_in_secs: None } => Failure::new(
+            Code::TryAgainLater,
+            format!("{address} was released and is not forgotten yet; `kunctl ipam` says by whom"),
+        ),
+        Unavailable::HasAnother { slot } => Failure::new(
+            Code::InvalidConfig,
+            format!(
+                "the attachment has the slot {slot} already, which is not what is asked for; a runtime calls DEL before it calls ADD with other parameters"
+            ),
+        ),
+    }
+}
+
+/// The attachment's slot. `None`: it has none.
+pub(crate) fn lookup(key: &AttachmentKey, config: &Config) -> Result<Option<Allocation>, Failure> {
+    match Allocator::open(config)?.ask(&Request::Lookup { key: key.clone() })? {
+        Response::Allocation { allocation } => Ok(Some(allocation)),
+        Response::Unknown => Ok(None),
+        other => Err(unexpected("Lookup", other)),
+    }
+}
+
+/// [`lookup`] for CHECK.
+pub(crate) fn known(key: &AttachmentKey, config: &Config) -> Result<Allocation, Failure> {
+    lookup(key, config)?.ok_or_else(|| {
+        Failure::new(
+            Code::UnknownContainer,
+            format!(
+                "container {} has no slot for {} in network {}",
+                key.container_id, key.ifname, key.network
+            ),
+        )
+    })
+}
+
+/// The slot begins to cool, now or, when neither agent nor store can be had, as soon as one can.
+pub(crate) fn release(
+    key: &AttachmentKey,
+    generation: Option<u64>,
+    config: &Config,
+) -> Result<(), Failure> {
+    let request = Request::Release {
+        key: key.clone(),
+        generation,
+    };
+    let asked = Allocator::open(config).and_then(|mut allocator| allocator.ask(&request));
+    if let Ok(Response::Done) = asked {
+        return Ok(());
+    }
+    Spool::new(&config.agent.state_dir).put(&Entry {
+        key: core_key(key),
+        generation,
+    })?;
+    Ok(())
+}
+
+/// STATUS: ready when a slot of the default class can be had.
+pub(crate) fn status(config: &Config) -> Result<(), Failure> {
+    let not_available = |what: String| Failure::new(Code::NotAvailable, what);
+    let response = Allocator::open(config)
+        .and_then(|mut allocator| allocator.ask(&Request::Capacity { class: None }))
+        .map_err(|e| not_available(e.to_string()))?;
+    match response {
+        Response::Capacity { free: 1.., .. } => Ok(()),
+        Response::Capacity {
+            allocated, cooling, ..
+        } => Err(not_available(format!(
+            "no slot is free: {allocated} allocated, {cooling} cooling; `kunctl ipam` shows whose"
+        ))),
+        other => Err(not_available(unexpected("Capacity", other).details)),
+    }
+}
+
+/// An answer that does not fit the request.
+pub(crate) fn unexpected(request: &str, response: Response) -> Failure {
+    match response {
+        Response::Failed { message } => Failure::new(Code::TryAgainLater, message),
+        other => Failure::new(
+            Code::TryAgainLater,
+            format!(
+                "the agent answered {request} with {other:?}; are both programs of one version?"
+            ),
+        ),
+    }
+}
+
+/// CHECK's `prevResult`.
+pub(crate) fn previous(network: &NetworkConfig) -> Result<&Success, Failure> {
+    network.previous.as_ref().ok_or_else(|| {
+        Failure::new(
+            Code::InvalidConfig,
+            "prevResult: missing; CHECK needs the result of ADD",
+        )
+    })
+}
+
+/// Addresses of ours that the previous result lacks.
+pub(crate) fn missing(ours: &Success, previous: &Success) -> Vec<String> {
+    ours.ips
+        .iter()
+        .filter(|ip| !previous.ips.iter().any(|p| p.address == ip.address))
+        .map(|ip| format!("prevResult lacks our address {}", ip.address))
+        .collect()
+}
+
+/// CHECK's verdict.
+pub(crate) fn as_expected(wrong: &[String]) -> Result<(), Failure> {
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Code::NotAsExpected,
+        format!("not as ADD left it: {}", wrong.join("; ")),
+    ))
+}
