@@ -1,14 +1,16 @@
 //! What this node's kernel knows of addresses and attachments: one dump of links, routes and neighbours, then questions.
 //!
-//! It is the node's part of the evidence that an address is forgotten, and what leaks are found by. It reads, and changes nothing.
+//! It is the node's part of the evidence that an address is forgotten, and what leaks are found by. Routes, neighbours and tcx
+//! links end with their interface, and kun makes no rules: a leaked interface is all that can be left of a pod.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use kun_cni_core::ipam::Unforgotten;
+use kun_cni_core::ipam::{Key, Unforgotten};
 use kun_cni_core::leaks::Interface;
+pub use kun_cni_core::leaks::{Leak, Watch};
 use kun_cni_core::names::{self, Carries};
-use kun_cni_core::plan::{ROUTE_PROTOCOL, generation_in, key_in};
+use kun_cni_core::plan::{ROUTE_PROTOCOL, Undo, generation_in, key_in};
 use kun_config::types::{PodPrefix, Slot};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
@@ -17,6 +19,7 @@ use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::ipam::v4;
+use crate::kernel::{self, KernelError};
 use crate::netlink::{Link, NetlinkError, Rtnl};
 
 /// RT_TABLE_LOCAL (rtnetlink(7)).
@@ -70,9 +73,7 @@ impl Sight {
             _ => 128,
         };
         // The local table holds the node's own addresses; a block's route is no address's.
-        if route.header.destination_prefix_length != full
-            || route.header.table == LOCAL_TABLE
-        {
+        if route.header.destination_prefix_length != full || route.header.table == LOCAL_TABLE {
             return;
         }
         let mut to = None;
@@ -194,4 +195,21 @@ fn slot_of(address: IpAddr, prefix: PodPrefix) -> Option<Slot> {
         IpAddr::V4(a) => Some(Slot::from(a)),
         IpAddr::V6(a) => prefix.slot(a),
     }
+}
+
+/// Removes a leaked interface, if it is the very one that was seen: same index, same tag.
+pub fn reclaim(index: u32, name: &str, key: &Key, generation: u64) -> Result<(), KernelError> {
+    let found = Rtnl::open()?.link_by_index(index)?;
+    let same = found.is_some_and(|link| {
+        link.name == name
+            && link.alias.as_deref().and_then(|a| generation_in(a, key)) == Some(generation)
+    });
+    if !same {
+        return Ok(());
+    }
+    let undo = Undo::RemoveLink {
+        host: name.to_owned(),
+    };
+    let mut failed = kernel::revert(&[undo], key).failed;
+    failed.pop().map_or(Ok(()), Err)
 }

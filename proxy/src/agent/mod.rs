@@ -32,6 +32,7 @@ use kun_telemetry::{Health, LoadError, LogsError, ServeError};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+mod addresses;
 mod announce;
 mod answers;
 mod cluster;
@@ -210,6 +211,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         announcer: announcer.clone(),
         kernel,
         programmed: dataplane.programmed(),
+        leaks: addresses::Leaks::default(),
     });
     let dataplane = reattach(dataplane, &answers)?;
     let worker = std::thread::Builder::new()
@@ -391,6 +393,9 @@ fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
         tracing::warn!(%error, "cooled slots cannot be let go");
     }
     answers.blocks.refresh(&answers.view);
+    if let Some(round) = answers.leaks.round(answers, now) {
+        metrics.leaks(round);
+    }
     for (name, class) in [("dual", SlotClass::Dual), ("v6-only", SlotClass::V6Only)] {
         if let Ok(counts) = answers.ipam.counts(class, now) {
             metrics.ipam(name, counts);
