@@ -18,6 +18,7 @@ pub mod look;
 pub mod netlink;
 pub mod netns;
 pub mod plugin;
+pub mod rebuild;
 mod rows;
 pub mod spool;
 pub mod store;

@@ -8,4 +8,6 @@ pub mod ipam;
 pub mod leaks;
 pub mod names;
 pub mod plan;
+pub mod rebuild;
 pub mod spec;
+pub mod watermark;
