@@ -1,13 +1,15 @@
 //! The store's file, with only those flushes that durability needs.
 //!
-//! The plugin alone opens, changes and closes the store for each verb, and redb flushes on each of those steps. Two kinds of
+//! The plugin alone opens, changes and closes the store for each verb, and redb flushes on each of those steps. Three kinds of
 //! flush protect nothing, and are left out:
 //!
 //! - one with nothing written since the last one;
 //! - one with nothing written since but the header's first sector, which is when redb marks the file as open and as closed. The
 //!   mark shares its byte with the choice of the valid commit slot, which only a commit changes, and a commit writes pages too
 //!   and is flushed. If the mark of opening is lost in a crash, so is every page written after it or that page is in free space
-//!   of the commit that stays valid; if the mark of closing is lost, the next open checks the file, which ours does anyway.
+//!   of the commit that stays valid; if the mark of closing is lost, the next open checks the file, which ours does anyway;
+//! - one with nothing written since but that and a file made shorter: one that is longer than its header says is cut again. A
+//!   file made longer is flushed, since a header that promises more than there is cannot be read.
 //!
 //! At most one commit stands between two flushes: redb flushes each before it begins the next. This holds for commits of one
 //! phase, which is how the store commits. `cni/tests/torn.rs` crashes after every subset of the writes that a disk may keep.
@@ -29,7 +31,7 @@ const MARKED_OPEN: u8 = 2;
 #[derive(Debug)]
 pub struct Disk<B> {
     inner: B,
-    /// Something besides the header was written since the last flush.
+    /// A page was written, or the file made longer, since the last flush.
     dirty: AtomicBool,
 }
 
@@ -57,7 +59,9 @@ impl<B: StorageBackend> StorageBackend for Disk<B> {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.dirty.store(true, Ordering::Release);
+        if len > self.inner.len()? {
+            self.dirty.store(true, Ordering::Release);
+        }
         self.inner.set_len(len)
     }
 

@@ -10,8 +10,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use kun_cni_core::ipam::{
-    Choice, Command, Effect, Ipam, Key, Look, Needs, Owner, Pod, Reply, Rules, Unavailable,
-    Unforgotten, Watermark,
+    Choice, Command, Effect, Ipam, Key, Needs, Owner, Pod, Reply, Rules, Unavailable, Watermark,
 };
 use kun_config::types::{BlockId, PodPrefix, Slot, SlotClass};
 use kun_config::{ClusterSource, Config};
@@ -21,7 +20,7 @@ use crate::rows;
 use crate::spool::Spool;
 use crate::store::{Store, StoreError};
 
-pub use kun_cni_core::ipam::{BootId, BootTime};
+pub use kun_cni_core::ipam::{BootId, BootTime, ClusterLook, Look, Unforgotten};
 
 /// How long a starting agent waits for plugins that have the store open: each holds it for milliseconds.
 pub const OPEN_WITHIN: Duration = Duration::from_secs(10);
@@ -223,6 +222,21 @@ impl IpamService {
         let count = wanted.len();
         match self.submit(Command::SetBlocks(wanted), now) {
             Ok(Reply::TooManyBlocks) => Err(IpamError::TooManyBlocks { blocks: count }),
+            Ok(_) => Ok(()),
+            Err(what) => Err(self.store_io(what)),
+        }
+    }
+
+    /// The same, with whether another node had the block before (`true`): its addresses cool before they are used here.
+    pub fn set_claims(
+        &self,
+        claims: &BTreeMap<BlockId, bool>,
+        now: BootTime,
+    ) -> Result<(), IpamError> {
+        match self.submit(Command::SetClaims(claims.clone()), now) {
+            Ok(Reply::TooManyBlocks) => Err(IpamError::TooManyBlocks {
+                blocks: claims.len(),
+            }),
             Ok(_) => Ok(()),
             Err(what) => Err(self.store_io(what)),
         }
@@ -509,7 +523,11 @@ impl IpamService {
 fn needs(source: &ClusterSource) -> Needs {
     match source {
         ClusterSource::Folder(_) => Needs::FOLDER,
-        ClusterSource::Kubernetes { .. } => Needs::API,
+        // Nobody publishes watermarks yet: what nobody gives is not waited for.
+        ClusterSource::Kubernetes { .. } => Needs {
+            watermark: false,
+            ..Needs::API
+        },
     }
 }
 

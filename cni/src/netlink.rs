@@ -338,7 +338,7 @@ impl Rtnl {
         Ok(answer.unwrap_or_else(|| Err(io::ErrorKind::UnexpectedEof.into())))
     }
 
-    fn dump(
+    pub(crate) fn dump(
         &mut self,
         message: RouteNetlinkMessage,
     ) -> Result<Vec<RouteNetlinkMessage>, NetlinkError> {

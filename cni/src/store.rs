@@ -3,6 +3,7 @@
 //! Owns the layout of the tables and nothing else. A file that cannot be read as written is refused, never repaired by
 //! guessing: two pods with one address are worse than none started.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -89,6 +90,9 @@ impl Store {
             source,
         })?;
         let path = state_dir.join(FILE);
+        if !path.exists() {
+            create(state_dir, &path)?;
+        }
         let begin = Instant::now();
         loop {
             let waited = begin.elapsed();
@@ -103,17 +107,13 @@ impl Store {
     }
 
     fn open_file(path: &Path) -> Result<Self, StoreError> {
-        let io = |what: String| StoreError::Io {
-            path: path.to_owned(),
-            what,
-        };
         let file = std::fs::OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(path)
-            .map_err(|e| io(e.to_string()))?;
+            .map_err(|e| io(path, &e))?;
         let backend = FileBackend::new(file).map_err(|e| cannot_open(path, e))?;
         Self::on(path, Disk::new(backend))
     }
@@ -257,5 +257,35 @@ fn cannot_open(path: &Path, error: DatabaseError) -> StoreError {
             StoreError::Damaged { path, what }
         }
         _ => StoreError::Io { path, what },
+    }
+}
+
+/// A new file gets its name once it is whole: one that a crash cut off while it was made would be taken for a damaged store.
+fn create(state_dir: &Path, path: &Path) -> Result<(), StoreError> {
+    let new = state_dir.join(format!("{FILE}.new-{}", std::process::id()));
+    // Left by a process that had this number before.
+    match std::fs::remove_file(&new) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(&new, &e)),
+        Ok(()) | Err(_) => {}
+    }
+    drop(Store::open_file(&new)?);
+    let placed = File::open(&new)
+        .and_then(|file| file.sync_all())
+        // Not renamed over: another process may have been faster, and somebody may have an address from its store.
+        .and_then(|()| std::fs::hard_link(&new, path));
+    let removed = std::fs::remove_file(&new);
+    match placed {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(io(path, &e)),
+        Ok(()) | Err(_) => {}
+    }
+    removed
+        .and_then(|()| File::open(state_dir)?.sync_all())
+        .map_err(|e| io(state_dir, &e))
+}
+
+fn io(path: &Path, error: &std::io::Error) -> StoreError {
+    StoreError::Io {
+        path: path.to_owned(),
+        what: error.to_string(),
     }
 }

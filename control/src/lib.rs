@@ -53,7 +53,7 @@ pub struct Allocation {
     pub key: AttachmentKey,
     /// The slot.
     pub slot: Slot,
-    /// Generation of the slot: grows by one with each allocation.
+    /// Number of the allocation, of all of the node: a slot's only grows, and no two allocations share one.
     pub generation: u64,
     /// IPv6 address, always.
     pub v6: Ipv6Addr,

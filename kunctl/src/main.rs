@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod release;
 mod show;
 mod target;
 
@@ -72,8 +73,35 @@ enum Command {
         #[arg(required = true, num_args = 1..=3, value_name = "WORDS")]
         words: Vec<String>,
     },
-    /// Every slot that is not free, and whose it is.
-    Ipam,
+    /// Pools, blocks and every slot that is not free: whose it is, and why it is not free yet.
+    Ipam {
+        #[command(subcommand)]
+        action: Option<IpamAction>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum IpamAction {
+    /// Lets an address go by hand; asks twice. An allocated one begins to cool, another waits for no evidence any more.
+    Release {
+        /// IPv6 or IPv4.
+        address: std::net::IpAddr,
+        /// The generation that `kunctl ipam` showed; another one by now: refused.
+        #[arg(long)]
+        generation: Option<u64>,
+        /// Do not ask; needs --generation.
+        #[arg(long)]
+        yes: bool,
+        /// Even if an interface still carries it; needs --generation.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Puts a new address store in the place of a damaged one. Run it on the node, with the agent stopped.
+    Rebuild {
+        /// Where the container runtime keeps the results of its plugins.
+        #[arg(long, default_value = kun_cni::rebuild::RESULTS)]
+        results: PathBuf,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +114,12 @@ enum Failure {
     Resolve(#[from] ResolveError),
     #[error(transparent)]
     Agent(#[from] ClientError),
+    #[error(transparent)]
+    Release(#[from] release::ReleaseError),
+    #[error(transparent)]
+    Rebuild(#[from] kun_cni::rebuild::RebuildError),
+    #[error("{}: there is no configuration; the store's directory is in it", .0.display())]
+    NoConfig(PathBuf),
     #[error("{0}")]
     Refused(String),
     #[error("the agent answered something else than was asked; are both programs of one version?")]
@@ -99,9 +133,13 @@ enum Failure {
 impl Failure {
     fn code(&self) -> u8 {
         match self {
-            Self::Load(_) | Self::Question(_) | Self::Resolve(_) => USAGE,
+            Self::Load(_) | Self::Question(_) | Self::Resolve(_) | Self::NoConfig(_) => USAGE,
             Self::Agent(_) | Self::OtherAnswer => NO_AGENT,
-            Self::Refused(_) | Self::Json(_) | Self::Output(_) => WRONG,
+            Self::Refused(_)
+            | Self::Release(_)
+            | Self::Rebuild(_)
+            | Self::Json(_)
+            | Self::Output(_) => WRONG,
         }
     }
 }
@@ -145,12 +183,71 @@ fn run(flags: &Flags, command: &Command) -> Result<bool, Failure> {
             };
             print(flags.output, &answer, &show::status(status, None))
         }
-        Command::Ipam => {
+        Command::Ipam { action: None } => {
+            let answer = ask(socket, &Request::Ipam)?;
+            let Response::Ipam {
+                slots,
+                blocks,
+                pools,
+            } = &answer
+            else {
+                return Err(Failure::OtherAnswer);
+            };
+            let shown = show::ipam(pools, blocks, slots, None);
+            print(flags.output, &answer, &shown)
+        }
+        Command::Ipam {
+            action:
+                Some(IpamAction::Release {
+                    address,
+                    generation,
+                    yes,
+                    force,
+                }),
+        } => {
+            let wish = release::Wish {
+                address: *address,
+                generation: *generation,
+                yes: *yes,
+                force: *force,
+            };
             let answer = ask(socket, &Request::Ipam)?;
             let Response::Ipam { slots, .. } = &answer else {
                 return Err(Failure::OtherAnswer);
             };
-            print(flags.output, &answer, &show::ipam(slots, None))
+            let row = release::agreed(wish, slots, release::from_terminal)?;
+            let answer = ask(
+                socket,
+                &Request::Free {
+                    slot: row.slot,
+                    generation: row.generation,
+                    forced: wish.force,
+                },
+            )?;
+            let shown = Shown {
+                text: format!("{address}: let go; it is used again once it has rested\n"),
+                good: true,
+            };
+            print(flags.output, &answer, &shown)
+        }
+        Command::Ipam {
+            action: Some(IpamAction::Rebuild { results }),
+        } => {
+            let config = config
+                .as_ref()
+                .ok_or_else(|| Failure::NoConfig(flags.config.clone()))?;
+            let rebuilt = kun_cni::rebuild::rebuild(config, results)?;
+            let kept = rebuilt.damaged.map_or_else(String::new, |at| {
+                format!("; the damaged store is {}", at.display())
+            });
+            let shown = Shown {
+                text: format!(
+                    "{} attachments keep their slots, every other slot cools{kept}\n",
+                    rebuilt.kept
+                ),
+                good: true,
+            };
+            print(flags.output, &Response::Done, &shown)
         }
         Command::Why { protocol, words } => {
             let question = target::question(words)?;

@@ -2,7 +2,7 @@
 
 use comfy_table::{ContentArrangement, Table, presets};
 use kun_config::types::SlotClass;
-use kun_control::{BgpSession, Fact, SlotRow, Status, WhyStep};
+use kun_control::{BgpSession, BlockRow, Fact, PoolRow, SlotRow, Status, WhyStep};
 
 /// Text for people, and whether all is as it should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,46 +120,120 @@ pub(crate) fn why(question: &str, steps: &[WhyStep], width: Option<u16>) -> Show
     Shown { text, good }
 }
 
-/// `kunctl ipam`.
-pub(crate) fn ipam(slots: &[SlotRow], width: Option<u16>) -> Shown {
-    let mut table = table(
-        width,
-        &[
-            "slot",
-            "class",
-            "state",
-            "gen",
-            "ipv6",
-            "ipv4",
-            "pod",
-            "container",
-            "free in",
-        ],
-    );
-    for row in slots {
-        table.add_row([
-            row.slot.to_string(),
-            match row.slot.class() {
-                SlotClass::Dual => "dual".to_owned(),
-                SlotClass::V6Only => "v6-only".to_owned(),
-            },
-            row.state.clone(),
-            row.generation.to_string(),
-            row.v6.to_string(),
-            row.v4.map(|a| a.to_string()).unwrap_or_default(),
-            pod(row),
-            format!("{}/{}", shortened(&row.key.container_id), row.key.ifname),
-            row.free_in_secs.map(span).unwrap_or_default(),
-        ]);
+/// `kunctl ipam`. A slot that is quarantined is not as it should be.
+pub(crate) fn ipam(
+    pools: &[PoolRow],
+    blocks: &[BlockRow],
+    slots: &[SlotRow],
+    width: Option<u16>,
+) -> Shown {
+    let mut text = String::new();
+    if !pools.is_empty() {
+        let mut table = table(
+            width,
+            &[
+                "pool",
+                "ranges",
+                "blocks",
+                "allocated",
+                "cooling",
+                "waiting",
+                "quarantined",
+                "free",
+            ],
+        );
+        for pool in pools {
+            let ranges: Vec<String> = pool.ranges.iter().map(ToString::to_string).collect();
+            table.add_row([
+                class(pool.class).to_owned(),
+                ranges.join(" "),
+                pool.blocks.to_string(),
+                pool.allocated.to_string(),
+                pool.cooling.to_string(),
+                pool.waiting.to_string(),
+                pool.quarantined.to_string(),
+                pool.free.to_string(),
+            ]);
+        }
+        text.push_str(&lines(&table));
+        text.push('\n');
+    }
+    if !blocks.is_empty() {
+        let mut table = table(
+            width,
+            &["block", "class", "owned", "allocated", "cooling", "free"],
+        );
+        for block in blocks {
+            table.add_row([
+                block.block.to_string(),
+                class(block.class).to_owned(),
+                if block.owned { "yes" } else { "no more" }.to_owned(),
+                block.allocated.to_string(),
+                block.cooling.to_string(),
+                block.free.to_string(),
+            ]);
+        }
+        text.push_str(&lines(&table));
+        text.push('\n');
+    }
+    let good = slots.iter().all(|row| row.state != "quarantined");
+    if !slots.is_empty() {
+        let mut table = table(
+            width,
+            &[
+                "",
+                "slot",
+                "class",
+                "state",
+                "age",
+                "gen",
+                "ipv6",
+                "ipv4",
+                "pod",
+                "container",
+                "free in",
+                "why not yet",
+            ],
+        );
+        for row in slots {
+            table.add_row([
+                mark(row.state != "quarantined").to_owned(),
+                row.slot.to_string(),
+                class(row.slot.class()).to_owned(),
+                row.state.clone(),
+                row.age_secs.map(span).unwrap_or_default(),
+                row.generation.to_string(),
+                row.v6.to_string(),
+                row.v4.map(|a| a.to_string()).unwrap_or_default(),
+                pod(row),
+                format!("{}/{}", shortened(&row.key.container_id), row.key.ifname),
+                row.free_in_secs.map(span).unwrap_or_default(),
+                row.why.join("; "),
+            ]);
+        }
+        text.push_str(&lines(&table));
+        text.push('\n');
     }
     let of = |state: &str| slots.iter().filter(|row| row.state == state).count();
-    let summary = format!("{} allocated, {} cooling\n", of("allocated"), of("cooling"));
-    let text = if slots.is_empty() {
-        summary
-    } else {
-        format!("{}\n{summary}", lines(&table))
-    };
-    Shown { text, good: true }
+    let mut summary = format!("{} allocated, {} cooling", of("allocated"), of("cooling"));
+    for (state, words) in [
+        ("waiting", "not forgotten yet"),
+        ("quarantined", "quarantined"),
+    ] {
+        if of(state) > 0 {
+            summary.push_str(&format!(", {} {words}", of(state)));
+        }
+    }
+    text.push_str(&summary);
+    text.push('\n');
+    Shown { text, good }
+}
+
+fn class(class: SlotClass) -> &'static str {
+    match class {
+        SlotClass::Dual => "dual",
+        SlotClass::V6Only => "v6-only",
+    }
 }
 
 fn pod(row: &SlotRow) -> String {
@@ -297,11 +371,13 @@ mod tests {
                 uid: String::new(),
             },
             free_in_secs: Some(90),
-            age_secs: None,
-            why: Vec::new(),
+            age_secs: Some(7),
+            why: vec!["a-route".to_owned()],
         };
-        let text = ipam(&[row], Some(200)).text;
-        let words: Vec<&str> = text
+        let shown = ipam(&[], &[], std::slice::from_ref(&row), Some(200));
+        assert!(shown.good);
+        let words: Vec<&str> = shown
+            .text
             .lines()
             .nth(1)
             .expect("a row")
@@ -313,14 +389,27 @@ mod tests {
                 "10.64.0.1",
                 "dual",
                 "cooling",
+                "7s",
                 "3",
                 "fd00::a40:1",
                 "10.64.0.1",
                 "shop/web-1",
                 "0123456789ab/eth0",
-                "1m30s"
+                "1m30s",
+                "a-route"
             ]
         );
-        assert!(text.ends_with("0 allocated, 1 cooling\n"), "{text}");
+        assert!(
+            shown.text.ends_with("0 allocated, 1 cooling\n"),
+            "{}",
+            shown.text
+        );
+        let kept = SlotRow {
+            state: "quarantined".to_owned(),
+            ..row
+        };
+        let shown = ipam(&[], &[], &[kept], Some(200));
+        assert!(!shown.good, "somebody has to look at it");
+        assert!(shown.text.ends_with(", 1 quarantined\n"), "{}", shown.text);
     }
 }

@@ -5,6 +5,9 @@
 
 pub mod choice;
 pub mod ipam;
+pub mod leaks;
 pub mod names;
 pub mod plan;
+pub mod rebuild;
 pub mod spec;
+pub mod watermark;

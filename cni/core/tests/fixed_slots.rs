@@ -136,7 +136,7 @@ fn a_range_gives_fresh_slots_first_then_cooled_ones_and_nothing_beside_it() {
     );
     assert_eq!(
         allocated(within(&mut ipam, "c", FIRST + 4, FIRST + 5, 30)),
-        (FIRST + 5, 2)
+        (FIRST + 5, 3)
     );
     // An attachment outside the range keeps what it has, and is told so.
     assert_eq!(

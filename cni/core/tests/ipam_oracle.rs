@@ -132,6 +132,8 @@ struct Oracle {
     /// Slots whose last owner something in the network still knows.
     remembered: BTreeSet<Slot>,
     order: u64,
+    /// Allocations so far, over all slots.
+    allocations: u64,
     truth: Duration,
     clock: Duration,
     needs_evidence: bool,
@@ -432,6 +434,8 @@ impl World {
         assert_eq!(a.slot, slot, "first in, first out");
         self.oracle.order += 1;
         let order = self.oracle.order;
+        self.oracle.allocations += 1;
+        let generation = self.oracle.allocations;
         let seen = self.oracle.slots.entry(slot).or_default();
         // The rule itself, in true time: nobody gets an address that was released less than a cooldown ago,
         if let Some(released) = seen.released {
@@ -445,7 +449,7 @@ impl World {
                 "{slot} is remembered"
             );
         }
-        seen.generation += 1;
+        seen.generation = generation;
         seen.owner = Some(k);
         seen.cooling = None;
         seen.order = order;

@@ -14,6 +14,7 @@ use kun_config::types::{Slot, SlotClass};
 use kun_control::{Allocation, AttachmentKey, Fact, Request, Response, Status, Traffic, WhyStep};
 use kun_proxy_core::{Question, Reason};
 
+use super::addresses::Leaks;
 use super::announce::Announcer;
 use super::attachments::Attachment;
 use super::cluster::{Blocks, View};
@@ -37,6 +38,7 @@ pub(crate) struct Answers {
     pub(crate) announcer: Option<Arc<Announcer>>,
     pub(crate) kernel: Vec<Fact>,
     pub(crate) programmed: Arc<AtomicBool>,
+    pub(crate) leaks: Leaks,
 }
 
 impl Answers {

@@ -1,6 +1,6 @@
 //! The cluster source: every event into the store, to the dataplane, and, where it is about blocks, to the addresses.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -18,6 +18,9 @@ use tokio::sync::watch;
 use super::announce::Facts;
 use super::dataplane::Message;
 use super::routes::{self, RouteError};
+
+/// spec.epoch of a block that never had another owner.
+const FIRST_EPOCH: i64 = 1;
 
 /// The cluster as the agent knows it.
 #[derive(Debug, Default)]
@@ -39,6 +42,11 @@ impl View {
     /// Whether the first snapshot is complete.
     pub(crate) fn synced(&self) -> bool {
         self.synced.load(Ordering::Acquire)
+    }
+
+    /// Whether every object is known that there is: an address that no object holds is then held by none.
+    pub(crate) fn whole(&self) -> bool {
+        self.synced() && !self.partial.load(Ordering::Acquire)
     }
 
     /// What the source complains about now: its first line, and how many there are more.
@@ -136,7 +144,7 @@ pub(crate) struct Blocks {
 /// What stands.
 #[derive(Debug, Default)]
 struct Done {
-    owned: Option<BTreeSet<BlockId>>,
+    owned: Option<BTreeMap<BlockId, bool>>,
     routed: Option<BTreeSet<BlockId>>,
     failed: Option<String>,
 }
@@ -187,9 +195,10 @@ impl Blocks {
 
     /// The blocks that this node gives addresses from: its own, unless it is to return them. A Node that had this name before was another
     /// owner, whose blocks are not ours. While the view is partial also those that the store knew, unless a manifest gives them to another.
-    fn owned(&self, view: &View) -> Result<BTreeSet<BlockId>, BlocksError> {
+    /// With each, whether another node had it before: its addresses cool here before they are used.
+    fn owned(&self, view: &View) -> Result<BTreeMap<BlockId, bool>, BlocksError> {
         let own = &self.config.node.name;
-        let mut owned: BTreeSet<BlockId> = {
+        let mut owned: BTreeMap<BlockId, bool> = {
             let store = view.store();
             let uid = store.node(own).map(|node| Arc::clone(&node.meta.uid));
             let ours = |block: &IpamBlock| match &block.spec.node_uid {
@@ -200,12 +209,17 @@ impl Blocks {
             let blocks = store
                 .blocks_of(own)
                 .filter(|block| ours(block) && !block.spec.draining);
-            blocks.map(|block| block.block()).collect()
+            blocks
+                .map(|block| (block.block(), block.spec.epoch > FIRST_EPOCH))
+                .collect()
         };
         if view.partial.load(Ordering::Acquire) {
             let elsewhere: BTreeSet<BlockId> = view.store().blocks().map(|b| b.block()).collect();
             let known = self.ipam.blocks(clock::now())?;
-            owned.extend(known.iter().filter(|b| !elsewhere.contains(b)));
+            let kept = known.into_iter().filter(|b| !elsewhere.contains(b));
+            for block in kept {
+                owned.entry(block).or_insert(false);
+            }
         }
         Ok(owned)
     }
@@ -223,16 +237,15 @@ impl Blocks {
         self.lock().failed.clone()
     }
 
-    fn bring(&self, done: &mut Done, owned: BTreeSet<BlockId>) -> Result<(), BlocksError> {
+    fn bring(&self, done: &mut Done, owned: BTreeMap<BlockId, bool>) -> Result<(), BlocksError> {
         let now = clock::now();
         if done.owned.as_ref() != Some(&owned) {
-            let list: Vec<BlockId> = owned.iter().copied().collect();
-            self.ipam.set_blocks(&list, now)?;
-            tracing::info!(blocks = list.len(), "blocks of this node");
+            self.ipam.set_claims(&owned, now)?;
+            tracing::info!(blocks = owned.len(), "blocks of this node");
             done.owned = Some(owned.clone());
         }
         // A block that is taken away while pods still live in it stays routed until the last one is gone.
-        let mut routed = owned;
+        let mut routed: BTreeSet<BlockId> = owned.into_keys().collect();
         routed.extend(self.ipam.live(now)?.iter().map(|a| a.slot.block()));
         if done.routed.as_ref() == Some(&routed) {
             return Ok(());

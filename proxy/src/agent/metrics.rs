@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use kun_ebpf_abi::reason::Reason;
 use kun_proxy_core::Totals;
 use kun_telemetry::Registry;
+
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 
+use super::addresses::Round;
 use super::limits::Dropped;
 
 /// From a tenth of a millisecond, one endpoint's change, to 13 s, a cold start on a busy node.
@@ -68,6 +70,8 @@ pub(crate) struct Metrics {
     expired: Counter,
     flows: Gauge,
     slots_by_state: Family<SlotLabels, Gauge>,
+    leaks_reclaimed: Counter,
+    nics_not_reclaimed: Gauge,
     objects: Family<KindLabel, Gauge>,
     synced: Gauge,
     nat64: Family<ReasonLabel, Gauge>,
@@ -99,6 +103,8 @@ impl Metrics {
             expired: Counter::default(),
             flows: Gauge::default(),
             slots_by_state: Family::default(),
+            leaks_reclaimed: Counter::default(),
+            nics_not_reclaimed: Gauge::default(),
             objects: Family::default(),
             synced: Gauge::default(),
             nat64: Family::default(),
@@ -167,6 +173,16 @@ impl Metrics {
             "kun_ipam_slots",
             "Slots of this node's blocks, by class and state",
             m.slots_by_state,
+        );
+        registry.register(
+            "kun_ipam_leaks_reclaimed",
+            "Slots and interfaces of pods that are gone, reclaimed by the agent itself",
+            m.leaks_reclaimed,
+        );
+        registry.register(
+            "kun_ipam_nics_not_reclaimed",
+            "Interfaces that are still there although their pods are gone",
+            m.nics_not_reclaimed,
         );
         registry.register("kun_cluster_objects", "Objects known, by kind", m.objects);
         registry.register(
@@ -248,6 +264,13 @@ impl Metrics {
     }
 
     /// Slots of a class.
+    pub(crate) fn leaks(&self, round: Round) {
+        self.leaks_reclaimed.inc_by(round.reclaimed);
+        self.nics_not_reclaimed
+            .set(i64::try_from(round.not_reclaimed).unwrap_or(i64::MAX));
+    }
+
+    /// Slots of a class: allocated, not free yet, free.
     pub(crate) fn ipam(&self, class: &'static str, counts: (u32, u32, u32)) {
         let (allocated, cooling, free) = counts;
         for (state, count) in [

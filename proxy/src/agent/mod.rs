@@ -33,6 +33,7 @@ use kun_telemetry::{Health, LoadError, LogsError, ServeError};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+mod addresses;
 mod announce;
 mod answers;
 mod attachments;
@@ -221,6 +222,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         announcer: announcer.clone(),
         kernel,
         programmed: dataplane.programmed(),
+        leaks: addresses::Leaks::default(),
     });
     let dataplane = reattach(dataplane, &answers)?;
     let worker = std::thread::Builder::new()
@@ -426,6 +428,9 @@ fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
     }
     answers.tell_live();
     answers.blocks.refresh(&answers.view);
+    if let Some(round) = answers.leaks.round(answers, now) {
+        metrics.leaks(round);
+    }
     for (name, class) in [("dual", SlotClass::Dual), ("v6-only", SlotClass::V6Only)] {
         if let Ok(counts) = answers.ipam.counts(class, now) {
             metrics.ipam(name, counts);

@@ -47,10 +47,17 @@ const ARROWS: &[(&str, &[&str])] = &[
         "kun-operator",
         &["kun-config", "kun-cluster", "kun-telemetry"],
     ),
-    // The manifest folder gives `kunctl why` the address of a Service by its name.
+    // The manifest folder gives `kunctl why` the address of a Service by its name; a damaged address store is rebuilt without
+    // an agent, which does not start on one.
     (
         "kunctl",
-        &["kun-config", "kun-cluster", "kun-control", "kun-telemetry"],
+        &[
+            "kun-config",
+            "kun-cluster",
+            "kun-control",
+            "kun-telemetry",
+            "kun-cni",
+        ],
     ),
     ("kun-conformance", &[]),
     // It knows where peers are cached.

@@ -15,7 +15,7 @@ mod evidence;
 mod queues;
 mod types;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use kun_config::types::{BlockId, Slot, SlotClass};
@@ -39,6 +39,8 @@ const MAX_HOLDERS: usize = 3;
 pub struct Ipam {
     rules: Rules,
     sequence: u64,
+    /// The last allocation's.
+    generation: u64,
     floor: u64,
     blocks: BTreeMap<BlockId, bool>,
     records: BTreeMap<Slot, Record>,
@@ -74,6 +76,7 @@ impl Ipam {
         let mut ipam = Self {
             rules,
             sequence: 0,
+            generation: snapshot.floor,
             floor: snapshot.floor,
             blocks: snapshot.blocks,
             records: BTreeMap::new(),
@@ -114,6 +117,7 @@ impl Ipam {
         }
         ipam.sequence = by_sequence.keys().next_back().copied().unwrap_or(0);
         for mut record in by_sequence.into_values() {
+            ipam.generation = ipam.generation.max(record.generation);
             if rebooted && let Some(restarted) = after_boot(&record.state, now) {
                 // The old sequence keeps the old order.
                 record.state = restarted;
@@ -154,7 +158,11 @@ impl Ipam {
                 }
                 Reply::Done
             }
-            Command::SetBlocks(blocks) => self.set_blocks(&blocks, now, &mut effects),
+            Command::SetBlocks(blocks) => {
+                let new = blocks.into_iter().map(|block| (block, false)).collect();
+                self.set_blocks(&new, now, &mut effects)
+            }
+            Command::SetClaims(claims) => self.set_blocks(&claims, now, &mut effects),
             Command::Tick => Reply::Done,
         };
         Step { reply, effects }
@@ -214,6 +222,11 @@ impl Ipam {
     /// How long until a cooling record has rested; zero when it has.
     pub fn remaining(&self, since: BootTime, now: BootTime) -> Duration {
         (since.0.saturating_add(self.rules.cooldown)).saturating_sub(now.0)
+    }
+
+    /// Not zero: the store was rebuilt; the generation of a slot that it knew nothing of.
+    pub fn floor(&self) -> u64 {
+        self.floor
     }
 
     /// The rules.
@@ -383,8 +396,9 @@ impl Ipam {
         now: BootTime,
         effects: &mut Vec<Effect>,
     ) -> Reply {
-        let before = self.records.get(&slot).map(|r| r.generation);
-        let generation = before.unwrap_or(self.floor) + 1;
+        // Counted over all slots: a late DEL names a key and a generation, and the key may have another slot by now.
+        self.generation += 1;
+        let generation = self.generation;
         let record = Record {
             slot,
             generation,
@@ -579,18 +593,18 @@ impl Ipam {
 
     fn set_blocks(
         &mut self,
-        wanted: &BTreeSet<BlockId>,
+        wanted: &BTreeMap<BlockId, bool>,
         now: BootTime,
         effects: &mut Vec<Effect>,
     ) -> Reply {
         let known = wanted
-            .iter()
+            .keys()
             .filter(|block| !self.blocks.contains_key(block))
             .count();
         if self.blocks.len() + known > MAX_BLOCKS {
             return Reply::TooManyBlocks;
         }
-        let lost: Vec<BlockId> = self.owned().filter(|b| !wanted.contains(b)).collect();
+        let lost: Vec<BlockId> = self.owned().filter(|b| !wanted.contains_key(b)).collect();
         for block in lost {
             self.blocks.insert(block, false);
             effects.push(Effect::PutBlock {
@@ -600,15 +614,16 @@ impl Ipam {
             self.queues(block.class()).lose(block);
             self.seen.retain(|slot, _| slot.block() != block);
         }
-        for block in wanted {
+        for (block, had_owner) in wanted {
             let before = self.blocks.insert(*block, true);
             match before {
                 Some(true) => continue,
-                None if self.floor == 0 => {
+                None if self.floor == 0 && !had_owner => {
                     let slots = self.rules.slots(*block);
                     self.queues(block.class()).fresh.extend(slots);
                 }
-                // It was ours, then perhaps another node's, or the store was lost: nobody knows how warm its addresses are.
+                // It was ours, then perhaps another node's, or only another's, or the store was lost: nobody here knows how warm
+                // its addresses are.
                 Some(false) | None => self.cool_block(*block, now, effects),
             }
             effects.push(Effect::PutBlock {

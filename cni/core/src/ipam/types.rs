@@ -144,7 +144,7 @@ impl SlotState {
 pub struct Record {
     /// The slot.
     pub slot: Slot,
-    /// Counts allocations of this slot; never goes back.
+    /// Its last allocation's number, of all allocations of the node; never goes back, and no two allocations share one.
     pub generation: u64,
     /// Order of changes over all slots; never goes back. The order of reuse, and what a look at the network refers to.
     pub sequence: u64,
@@ -284,6 +284,8 @@ pub enum Command {
     },
     /// The blocks that this node owns from now on. Live allocations in other blocks stay until released.
     SetBlocks(BTreeSet<BlockId>),
+    /// The same, where it is known whether a block had another owner before (`true`): its addresses cool before they are used here.
+    SetClaims(BTreeMap<BlockId, bool>),
     /// Only let time pass.
     Tick,
 }

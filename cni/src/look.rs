@@ -1,0 +1,215 @@
+//! What this node's kernel knows of addresses and attachments: one dump of links, routes and neighbours, then questions.
+//!
+//! It is the node's part of the evidence that an address is forgotten, and what leaks are found by. Routes, neighbours and tcx
+//! links end with their interface, and kun makes no rules: a leaked interface is all that can be left of a pod.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use kun_cni_core::ipam::{Key, Unforgotten};
+use kun_cni_core::leaks::Interface;
+pub use kun_cni_core::leaks::{Leak, Watch};
+use kun_cni_core::names::{self, Carries};
+use kun_cni_core::plan::{ROUTE_PROTOCOL, Undo, generation_in, key_in};
+use kun_config::types::{PodPrefix, Slot};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use crate::ipam::v4;
+use crate::kernel::{self, KernelError};
+use crate::netlink::{Link, NetlinkError, Rtnl};
+
+/// RT_TABLE_LOCAL (rtnetlink(7)).
+const LOCAL_TABLE: u8 = 255;
+
+/// A route to one address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct HostRoute {
+    through: Option<u32>,
+    /// kun made it.
+    ours: bool,
+}
+
+/// The kernel at one time.
+#[derive(Debug, Clone, Default)]
+pub struct Sight {
+    links: BTreeMap<u32, Link>,
+    routes: BTreeMap<IpAddr, Vec<HostRoute>>,
+    neighbours: BTreeMap<IpAddr, BTreeSet<u32>>,
+}
+
+impl Sight {
+    /// Looks at the namespace of the calling thread.
+    pub fn take() -> Result<Self, NetlinkError> {
+        let mut rtnl = Rtnl::open()?;
+        let mut sight = Self::default();
+        for link in rtnl.links()? {
+            sight.links.insert(link.index, link);
+        }
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut message = RouteMessage::default();
+            message.header.address_family = family;
+            for answer in rtnl.dump(RouteNetlinkMessage::GetRoute(message))? {
+                if let RouteNetlinkMessage::NewRoute(route) = answer {
+                    sight.route(&route);
+                }
+            }
+        }
+        let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+        for answer in rtnl.dump(all)? {
+            if let RouteNetlinkMessage::NewNeighbour(neighbour) = answer {
+                sight.neighbour(&neighbour);
+            }
+        }
+        Ok(sight)
+    }
+
+    fn route(&mut self, route: &RouteMessage) {
+        let full = match route.header.address_family {
+            AddressFamily::Inet => 32,
+            _ => 128,
+        };
+        // The local table holds the node's own addresses; a block's route is no address's.
+        if route.header.destination_prefix_length != full || route.header.table == LOCAL_TABLE {
+            return;
+        }
+        let mut to = None;
+        let mut through = None;
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Destination(RouteAddress::Inet(a)) => to = Some(IpAddr::V4(*a)),
+                RouteAttribute::Destination(RouteAddress::Inet6(a)) => to = Some(IpAddr::V6(*a)),
+                RouteAttribute::Oif(index) => through = Some(*index),
+                _ => {}
+            }
+        }
+        if let Some(to) = to {
+            let ours = u8::from(route.header.protocol) == ROUTE_PROTOCOL;
+            self.routes
+                .entry(to)
+                .or_default()
+                .push(HostRoute { through, ours });
+        }
+    }
+
+    fn neighbour(&mut self, neighbour: &NeighbourMessage) {
+        // An entry that failed knows nothing of its address but that nobody answered.
+        let known = neighbour
+            .attributes
+            .iter()
+            .any(|a| matches!(a, NeighbourAttribute::LinkLayerAddress(_)));
+        if !known || neighbour.header.state == NeighbourState::Failed {
+            return;
+        }
+        for attribute in &neighbour.attributes {
+            let address = match attribute {
+                NeighbourAttribute::Destination(NeighbourAddress::Inet(a)) => IpAddr::V4(*a),
+                NeighbourAttribute::Destination(NeighbourAddress::Inet6(a)) => IpAddr::V6(*a),
+                _ => continue,
+            };
+            self.neighbours
+                .entry(address)
+                .or_default()
+                .insert(neighbour.header.ifindex);
+        }
+    }
+
+    fn name(&self, index: u32) -> String {
+        self.links
+            .get(&index)
+            .map_or_else(|| format!("interface {index}"), |link| link.name.clone())
+    }
+
+    /// What here still knows a released slot, one line each.
+    pub fn knows(&self, released: &Unforgotten, prefix: PodPrefix) -> Vec<String> {
+        let mut known = Vec::new();
+        if let Some(key) = &released.key {
+            let names = [Carries::V6, Carries::V4].map(|carries| names::host_name(key, carries));
+            for link in self.links.values() {
+                let of_it = match &link.alias {
+                    // One that a crash left without its tag: the name alone is enough.
+                    None => names.contains(&link.name),
+                    Some(alias) => generation_in(alias, key) == Some(released.generation),
+                };
+                if of_it {
+                    known.push(format!("interface {} is still there", link.name));
+                }
+            }
+        }
+        for address in addresses(released.slot, prefix) {
+            for route in self.routes.get(&address).into_iter().flatten() {
+                let through = route.through.map(|index| self.name(index));
+                known.push(format!(
+                    "a route leads to {address} through {}",
+                    through.unwrap_or_else(|| "nothing".to_owned())
+                ));
+            }
+            for index in self.neighbours.get(&address).into_iter().flatten() {
+                let name = self.name(*index);
+                known.push(format!("{name} has a neighbour entry for {address}"));
+            }
+        }
+        known
+    }
+
+    /// The interfaces that carry kun's tag, with the slots that routes of ours lead to through them.
+    pub fn interfaces(&self, prefix: PodPrefix) -> Vec<Interface> {
+        let mut slots: BTreeMap<u32, BTreeSet<Slot>> = BTreeMap::new();
+        for (to, routes) in &self.routes {
+            for route in routes.iter().filter(|route| route.ours) {
+                if let (Some(index), Some(slot)) = (route.through, slot_of(*to, prefix)) {
+                    slots.entry(index).or_default().insert(slot);
+                }
+            }
+        }
+        self.links
+            .values()
+            .filter_map(|link| {
+                let alias = link.alias.as_deref()?;
+                let key = key_in(alias)?;
+                Some(Interface {
+                    index: link.index,
+                    name: link.name.clone(),
+                    generation: generation_in(alias, &key)?,
+                    key,
+                    slots: slots.get(&link.index).cloned().unwrap_or_default(),
+                })
+            })
+            .collect()
+    }
+}
+
+/// Both addresses of a slot.
+pub fn addresses(slot: Slot, prefix: PodPrefix) -> Vec<IpAddr> {
+    let v6 = IpAddr::V6(prefix.address(slot));
+    std::iter::once(v6)
+        .chain(v4(slot).map(IpAddr::V4))
+        .collect()
+}
+
+fn slot_of(address: IpAddr, prefix: PodPrefix) -> Option<Slot> {
+    match address {
+        IpAddr::V4(a) => Some(Slot::from(a)),
+        IpAddr::V6(a) => prefix.slot(a),
+    }
+}
+
+/// Removes a leaked interface, if it is the very one that was seen: same index, same tag.
+pub fn reclaim(index: u32, name: &str, key: &Key, generation: u64) -> Result<(), KernelError> {
+    let found = Rtnl::open()?.link_by_index(index)?;
+    let same = found.is_some_and(|link| {
+        link.name == name
+            && link.alias.as_deref().and_then(|a| generation_in(a, key)) == Some(generation)
+    });
+    if !same {
+        return Ok(());
+    }
+    let undo = Undo::RemoveLink {
+        host: name.to_owned(),
+    };
+    let mut failed = kernel::revert(&[undo], key).failed;
+    failed.pop().map_or(Ok(()), Err)
+}

@@ -1,0 +1,99 @@
+//! Addresses under the real agent: what comes back and when, and what it reclaims of pods that are gone.
+
+#[allow(dead_code, reason = "each test program uses its part")]
+mod rig;
+
+use std::fs;
+use std::time::Duration;
+
+use kun_control::{AttachmentKey, Request, Response, SlotRow};
+use kun_harness::{wait_for, wait_until};
+use rig::Node;
+use serde_json::json;
+
+/// Two looks of 20 s, a round of 5 s after each, and a busy machine; the promise is 60 s.
+const RECLAIMED_WITHIN: Duration = Duration::from_secs(60);
+
+/// One round of looks and a busy machine.
+const SOON: Duration = Duration::from_secs(30);
+
+fn rows(node: &Node) -> Vec<SlotRow> {
+    match node.ask(&Request::Ipam) {
+        Response::Ipam { slots, .. } => slots,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn row(node: &Node, container: &str) -> Option<SlotRow> {
+    let mut rows = rows(node).into_iter();
+    rows.find(|row| row.key.container_id == format!("container-{container}"))
+}
+
+fn interfaces(node: &Node) -> usize {
+    let links = node.netns.exec("-br link show type veth").unwrap();
+    links
+        .lines()
+        .filter(|line| !line.starts_with("eth0"))
+        .count()
+}
+
+#[test]
+fn leaks_are_reclaimed_and_an_address_comes_back_when_nothing_knows_it() {
+    let Some(mut node) = Node::start("addresses") else {
+        return;
+    };
+    node.terminate();
+    node.configure(|config| config["ipam"]["cooldown"] = json!("1s"));
+    node.spawn();
+
+    let (gone, left, stays) = (node.pod("gone"), node.pod("left"), node.pod("stays"));
+    let held = gone.v4;
+    node.manifest(
+        "held.yaml",
+        &[json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {"name": "held", "namespace": "default", "labels": {"kubernetes.io/service-name": "held"}},
+            "addressType": "IPv4", "ports": [{"name": "", "port": 80}],
+            "endpoints": [{"addresses": [held.to_string()]}]})],
+    );
+    // One pod's namespace goes without a DEL; of another the DEL is told and its interfaces are not removed.
+    drop(gone);
+    let release = Request::Release {
+        key: AttachmentKey {
+            network: "kun".into(),
+            container_id: "container-left".into(),
+            ifname: "eth0".into(),
+        },
+        generation: None,
+    };
+    assert_eq!(node.ask(&release), Response::Done);
+
+    let known = wait_for("a look at what was left", SOON, || {
+        row(&node, "left").filter(|row| row.state == "waiting" && row.why.len() > 2)
+    })
+    .unwrap();
+    for what in ["interface", "a route leads to", "neighbour"] {
+        let said = known.why.iter().any(|line| line.contains(what));
+        assert!(said, "{what}: {:?}", known.why);
+    }
+    // The interfaces of a pod that is gone are removed, and with them everything that knew its address.
+    let free = wait_until(RECLAIMED_WITHIN, || row(&node, "left").is_none());
+    assert!(free, "the address of what was left is not free");
+    drop(left);
+    // The slot of the other is let go, and rests for as long as a slice has it.
+    let waiting = wait_for("the slot of what is gone waits", RECLAIMED_WITHIN, || {
+        row(&node, "gone").filter(|row| row.state == "waiting" && !row.why.is_empty())
+    })
+    .unwrap();
+    assert_eq!(
+        waiting.why,
+        [format!("EndpointSlice default/held has {held}")]
+    );
+    fs::remove_file(node.path("cluster").join("held.yaml")).unwrap();
+    let free = wait_until(SOON, || row(&node, "gone").is_none());
+    assert!(free, "{:?}", row(&node, "gone"));
+
+    // The living one was not touched.
+    assert_eq!(row(&node, "stays").unwrap().state, "allocated");
+    assert_eq!(interfaces(&node), 2, "of the pod that lives");
+    drop(stays);
+}
