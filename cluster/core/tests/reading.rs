@@ -111,17 +111,16 @@ fn our_own_kinds_are_right_or_refused() {
         read(Kind::IpamBlock, &json)
     };
     assert!(block("10.64.0.64", "").object.is_some());
-    for (reading, path) in [
-        (block("10.64.0.1", ""), "spec.first"),
-        (block("10.64.0.0", r#", "extra": 1"#), "spec.extra"),
-    ] {
-        assert!(reading.object.is_none());
-        let told = faults(&reading);
-        assert!(
-            told.len() == 1 && told[0].starts_with(&format!("Kind shop/name: {path}: ")),
-            "{told:?}"
-        );
-    }
+    // A field of a newer definition than ours was the server's to accept.
+    let newer = block("10.64.0.0", r#", "extra": 1"#);
+    assert!(newer.object.is_some() && newer.faults.0.is_empty());
+    let wrong = block("10.64.0.1", "");
+    assert!(wrong.object.is_none(), "half an object of ours is none");
+    let told = faults(&wrong);
+    assert!(
+        told.len() == 1 && told[0].starts_with("Kind shop/name: spec.first: "),
+        "{told:?}"
+    );
 }
 
 #[test]
