@@ -31,9 +31,14 @@ impl Access {
             kubeconfig: kubeconfig.map(Path::to_owned),
             connect_within: CONNECT_WITHIN,
         };
-        let runtime = runtime()?;
-        let config = runtime.block_on(access.config())?;
-        drop(config);
+        // On a thread of its own: the caller may be on a runtime, where nothing may block.
+        let looked = std::thread::scope(|scope| {
+            let look = scope.spawn(|| runtime()?.block_on(access.config()).map(drop));
+            // It panics only where this one would have.
+            look.join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        looked?;
         Ok(access)
     }
 
