@@ -1,6 +1,6 @@
 //! One door to the cluster, whichever source `kun.yaml` names: what a program wants to see goes in, events come out.
 //!
-//! Both sources keep one contract (`cluster/tests/contract.rs`): the first snapshot is one event of deltas, then [`Event::Synced`];
+//! Both sources keep one contract (`tests/tests/cluster_contract.rs`): the first snapshot is one event of deltas, then [`Event::Synced`];
 //! after it, every event of deltas is a change that belongs together. Objects that were not wanted never appear.
 
 use std::collections::HashSet;

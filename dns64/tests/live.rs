@@ -1,4 +1,4 @@
-//! The program itself on loopback: Debian's nsd behind it, Debian's unbound beside it.
+//! The program itself on loopback: Debian's nsd behind it, Debian's unbound and a current CoreDNS beside it.
 
 #![allow(missing_docs)]
 
@@ -12,7 +12,7 @@ use std::time::Duration;
 use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::RecordType;
 use kun_conformance::dns::{self, CASES, NAMES, PREF64, Subject};
-use kun_harness::{Process, require_tool, wait_for};
+use kun_harness::{Process, peers, require_tool, wait_for};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -187,6 +187,31 @@ fn it_says_what_unbounds_dns64_says() {
     let own = port();
     let kun = KunDns::start(dir.path(), &corefile(own, upstream));
     kun.wait_log("listening");
+    agree(at(own), at(peer), "unbound");
+}
+
+#[test]
+fn it_says_what_coredns_says_of_the_same_corefile() {
+    if !require_tool("nsd") {
+        return;
+    }
+    let Some(coredns) = peers::require("coredns") else {
+        return;
+    };
+    let dir = TempDir::new().unwrap();
+    let (_nsd, upstream) = nsd(dir.path());
+    let (own, peer) = (port(), port());
+    let file = dir.path().join("Corefile.peer");
+    fs::write(&file, corefile(peer, upstream)).unwrap();
+    let _coredns = quiet(Command::new(coredns).arg("-conf").arg(file));
+    answers(at(peer), "v4.example.test.", RecordType::A);
+    let kun = KunDns::start(dir.path(), &corefile(own, upstream));
+    kun.wait_log("listening");
+    agree(at(own), at(peer), "CoreDNS");
+}
+
+/// Two servers of the same zone and prefix give the same answers.
+fn agree(own: Subject, peer: Subject, peer_name: &str) {
     for name in NAMES {
         let dot = if name.is_empty() { "" } else { "." };
         let name = format!("{name}{dot}example.test.");
@@ -207,9 +232,9 @@ fn it_says_what_unbounds_dns64_says() {
                 (m.metadata.response_code, all)
             };
             assert_eq!(
-                texts(at(own)),
-                texts(at(peer)),
-                "{name} {t}: kun-dns, then unbound"
+                texts(own),
+                texts(peer),
+                "{name} {t}: kun-dns, then {peer_name}"
             );
         }
     }

@@ -145,11 +145,13 @@ async fn serve(mut stream: TcpStream, shared: &Shared) -> Result<()> {
     }
     let cuts = shared.faults().cuts;
     let upstream = lock(&shared.upstream).clone();
-    let config = Config::from_custom_kubeconfig(
+    let mut config = Config::from_custom_kubeconfig(
         Kubeconfig::read_from(upstream)?,
         &KubeConfigOptions::default(),
     )
     .await?;
+    // An answer that is an error is the client's to see.
+    config.default_retry = false;
     let request = http::Request::get(path)
         .header("accept", accept)
         .body(Body::empty())?;

@@ -683,8 +683,8 @@ fn ten_thousand_services_come_and_go() {
         return;
     };
     let flags = [
-        "--max-requests-inflight=0",
-        "--max-mutating-requests-inflight=0",
+        "--max-requests-inflight=10000",
+        "--max-mutating-requests-inflight=10000",
     ];
     let plane = builder.apiserver_flags(&flags).start().unwrap();
     let admin = plane.kubeconfig().to_owned();

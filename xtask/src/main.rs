@@ -1,5 +1,6 @@
-//! `cargo xtask`: setup, test, lab, tidy, bench, ebpf, crds, vm. Needs nothing but Rust to start; installs the rest by `setup`.
+//! `cargo xtask`: setup, test, lab, tidy, bench, ebpf, crds, peers, vm. Needs nothing but Rust to start; installs the rest by `setup`.
 
+mod apt;
 mod bench;
 mod command;
 mod crds;
@@ -47,8 +48,8 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
-    /// Build the peers that Debian does not package: a Kubernetes control plane. Once, into the cache.
-    Peers,
+    /// Build the peers that Debian does not package in a current version: Kubernetes, containerd, CoreDNS and so on. Once, into the cache.
+    Peers(peers::Arguments),
     /// Run a test binary under another kernel.
     Vm(vm::Arguments),
 }
@@ -62,7 +63,7 @@ fn main() -> ExitCode {
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Ebpf { check } => ebpf::ebpf(check),
         Task::Crds { check } => crds::crds(check),
-        Task::Peers => peers::run(),
+        Task::Peers(arguments) => peers::run(&arguments),
         // Its exit status is the command's.
         Task::Vm(arguments) => match vm::run(&arguments) {
             Ok(status) => return status,

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{command, ebpf, lab, setup, tidy, vm};
+use crate::{command, ebpf, lab, peers, setup, tidy, vm};
 
 /// Flags of `test`.
 #[derive(clap::Args)]
@@ -21,9 +21,9 @@ pub(crate) struct Arguments {
 /// The crates of each part.
 const PARTS: &[(&str, &[&str])] = &[
     ("ebpf", &["kun-ebpf-abi", "kun-ebpf-loader"]),
-    ("cni", &["kun-cni-core", "kun-cni"]),
+    ("cni", &["kun-cni-core", "kun-cni", "kun-conformance"]),
     ("proxy", &["kun-proxy-core", "kun-proxy", "kun-ebpf-loader"]),
-    ("dns", &["kun-dns-core", "kun-dns"]),
+    ("dns", &["kun-dns-core", "kun-dns", "kun-conformance"]),
     ("nat64", &["kun-ebpf-abi", "kun-ebpf-loader"]),
     ("bgp", &["kun-bgp-core", "kun-bgp"]),
     (
@@ -72,6 +72,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             true => vm::setup(),
             false => Ok(()),
         }
+    })?;
+    step(&mut count, "peers", |_| {
+        peers::ensure(arguments.only.as_deref())
     })?;
     if whole {
         step(&mut count, "format", |_| {

@@ -6,9 +6,9 @@
 //! `--count-instructions` makes the guest's clock advance one nanosecond an instruction: times measured inside are instruction
 //! counts, the same however busy the machine is.
 
-mod apt;
 mod guest;
 mod initramfs;
+mod kernels;
 mod qemu;
 mod uml;
 
@@ -289,10 +289,10 @@ impl Run<'_> {
                     !self.count_instructions,
                     "vm: User Mode Linux cannot count instructions; take --kernel 6.1"
                 );
-                uml::run(self, &apt::user_mode_linux(&self.cache)?)
+                uml::run(self, &kernels::user_mode_linux(&self.cache)?)
             }
-            Kernel::V6_1 => qemu::run(self, &apt::kernel(&self.cache, "bookworm")?),
-            Kernel::V6_12 => qemu::run(self, &apt::kernel(&self.cache, "trixie")?),
+            Kernel::V6_1 => qemu::run(self, &kernels::kernel(&self.cache, "bookworm")?),
+            Kernel::V6_12 => qemu::run(self, &kernels::kernel(&self.cache, "trixie")?),
         }
     }
 

@@ -50,8 +50,9 @@ impl Access {
         }
     }
 
+    /// Less patience than usual; never more.
     pub(crate) fn connect_within(mut self, within: Duration) -> Self {
-        self.connect_within = within;
+        self.connect_within = within.min(CONNECT_WITHIN);
         self
     }
 
@@ -108,6 +109,12 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, ApiError> {
         .enable_all()
         .build()
         .map_err(ApiError::Thread)
+}
+
+/// A parser's error without the picture that it paints below.
+pub(super) fn one_line(error: &KubeconfigError) -> String {
+    let text = error.to_string();
+    text.lines().next().unwrap_or_default().to_owned()
 }
 
 /// What is missing, for a person.

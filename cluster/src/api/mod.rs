@@ -26,7 +26,7 @@ use crate::{Event, Kind, Troubles, Wanted};
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
     /// The kubeconfig is not there or not whole.
-    #[error("{}: {source}; {}", path.display(), access::kubeconfig_wants(.source))]
+    #[error("{}: {}; {}", path.display(), access::one_line(.source), access::kubeconfig_wants(.source))]
     Kubeconfig {
         /// As configured.
         path: PathBuf,

@@ -23,3 +23,13 @@ pub fn require(name: &str) -> Option<PathBuf> {
     skip(&format!("{name} is not built; `cargo xtask peers` does it"));
     None
 }
+
+/// The directory of the reference CNI plugins, as CNI_PATH takes it; `None`, with a skip recorded, when they are not built.
+pub fn cni_plugins() -> Option<PathBuf> {
+    let directory = kun_ebpf_build::cache_dir().join("peers/cni");
+    if directory.join("bridge").is_file() {
+        return Some(directory);
+    }
+    skip("the CNI plugins are not built; `cargo xtask peers` does it");
+    None
+}

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_BORDERS_ONLY};
-use kun_tests::bench::{Context, PARTS, Row, counts};
+use kun_tests::bench::{Context, PARTS, Row, cluster, counts};
 
 /// Measures kun on this machine.
 #[derive(Parser)]
@@ -19,6 +19,12 @@ struct Arguments {
     /// Count instructions instead: for a guest whose clock advances one nanosecond an instruction.
     #[arg(long)]
     instructions: bool,
+    /// Only follow this source (`folder` or `api`) until it is synced, and say what that took: what the part `cluster` measures.
+    #[arg(long, requires = "from", hide = true)]
+    follow: Option<String>,
+    /// The folder, or the kubeconfig.
+    #[arg(long, hide = true)]
+    from: Option<PathBuf>,
     /// Rows measured elsewhere, as JSON, that belong to the result.
     #[arg(long)]
     rows: Option<PathBuf>,
@@ -37,6 +43,13 @@ fn main() -> ExitCode {
 
 /// Whether every budget holds and every part ran.
 fn measure(arguments: &Arguments) -> Result<bool> {
+    if let (Some(source), Some(path)) = (&arguments.follow, &arguments.from) {
+        println!(
+            "{}",
+            serde_json::to_string(&cluster::follow(source, path)?)?
+        );
+        return Ok(true);
+    }
     let names: Vec<&str> = PARTS.iter().map(|(name, _)| *name).collect();
     if let Some(part) = &arguments.part {
         anyhow::ensure!(

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use super::apt::Kernel;
+use super::kernels::Kernel;
 
 /// What stands between the kernel and its root.
 const MODULES: [&str; 4] = ["virtio_pci", "virtio_console", "overlay", "virtiofs"];

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::apt::Kernel;
+use super::kernels::Kernel;
 use super::{Reaped, Run, Scratch, guest, initramfs, mortal};
 
 /// virtiofsd makes its socket in milliseconds.

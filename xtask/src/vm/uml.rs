@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::apt::Kernel;
+use super::kernels::Kernel;
 use super::{Reaped, Run, Scratch, guest};
 
 /// The guest's output is a file that it appends to; this is how late it may be shown.

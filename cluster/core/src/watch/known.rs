@@ -331,3 +331,56 @@ impl ItemMeta<'_> {
         Print::new(&self.uid, &self.resource_version)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_numbers_only_where_they_are_written_as_such() {
+        for (text, expected) in [
+            ("0", Some(0)),
+            ("18446744073709551615", Some(u64::MAX)),
+            ("18446744073709551616", None),
+            ("007", None),
+            ("", None),
+            ("-1", None),
+            ("12a", None),
+            ("1e3", None),
+        ] {
+            assert_eq!(number(text), expected, "{text}");
+        }
+        // Others are told apart all the same.
+        let prints = ["7", "007", "7a", "a7", ""].map(|version| Print::new("u", version));
+        for (i, a) in prints.iter().enumerate() {
+            assert!(prints[..i].iter().all(|b| a != b), "{i}");
+        }
+        let uids = ["00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002", "u1", "u2", ""];
+        for (i, a) in uids.iter().enumerate() {
+            assert!(uids[..i].iter().all(|b| uid_print(a) != uid_print(b)), "{i}");
+        }
+    }
+
+    fn node(version: &str, label: &str, heartbeat: &str) -> String {
+        format!(
+            r#"{{"metadata": {{"name": "a", "uid": "u", "resourceVersion": "{version}", "labels": {{"l": "{label}"}}}},
+                "status": {{"conditions": [{{"type": "Ready", "status": "True", "lastHeartbeatTime": "{heartbeat}"}}]}}}}"#
+        )
+    }
+
+    #[test]
+    fn a_heartbeat_is_no_change_and_a_label_is() {
+        let (mut known, mut names) = (Known::new(Kind::Node, Scope::All), Interner::default());
+        let mut told = |text: &str| {
+            let mut deltas = Vec::new();
+            let mut tree = json::object(Kind::Node, text.as_bytes()).expect("JSON");
+            assert!(known.upsert(&mut names, &mut tree, &mut deltas));
+            deltas.len()
+        };
+        assert_eq!(told(&node("1", "x", "10:00")), 1);
+        assert_eq!(told(&node("2", "x", "10:05")), 0);
+        assert_eq!(told(&node("3", "y", "10:05")), 1);
+        assert_eq!(told(&node("4", "y", "10:10")), 0);
+        assert_eq!(told(&node("5", "x", "10:10")), 1);
+    }
+}
