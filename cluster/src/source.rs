@@ -51,7 +51,9 @@ impl Lens {
             // What leaves the scope is gone for whoever looks through it.
             (Scope::Node(_), _) => {
                 let key = (kind, name);
-                self.seen.remove(&key).then(|| Delta::Remove(key.0, key.1))
+                self.seen
+                    .remove(&key)
+                    .then_some(Delta::Remove(key.0, key.1))
             }
         }
     }
@@ -90,7 +92,7 @@ impl Troubles {
 #[derive(Debug)]
 pub enum Source {
     /// A folder of manifests.
-    Folder(FolderSource),
+    Folder(Box<FolderSource>),
     /// The Kubernetes API.
     Api(ApiSource),
 }
@@ -99,7 +101,7 @@ impl Source {
     /// Finds the source. A folder has to be there; an API server may answer later.
     pub fn open(source: &ClusterSource) -> Result<Self, SourceError> {
         Ok(match source {
-            ClusterSource::Folder(path) => Self::Folder(FolderSource::open(path)?),
+            ClusterSource::Folder(path) => Self::Folder(Box::new(FolderSource::open(path)?)),
             ClusterSource::Kubernetes { kubeconfig } => {
                 Self::Api(ApiSource::open(kubeconfig.as_deref())?)
             }

@@ -380,7 +380,7 @@ m.yaml:4:67: spec.services.v4[0]: `2001:db8::/64` is not an IPv4 prefix without 
 m.yaml:4:83: spec.services.ipv6: unknown field; known here: v4, v6
 m.yaml:9:7: spec: the field `node` is missing; write the name of the Node that owns it
 m.yaml:9:15: spec.first: `10.64.0.1` is not the first slot of a block: an IPv4 address that is a multiple of 64; write 10.64.0.0
-m.yaml:11:1: no kind `IPAMBlok` in kun.network/v1alpha1; write IPPool, IPAMBlock or ServiceAddress
+m.yaml:11:1: no kind `IPAMBlok` in kun.network/v1alpha1; did you mean `IPAMBlock`?
 m.yaml:18:31: spec.addresses[1]: 192.0.2.2 is a second one of its family; a Service has one of each
 m.yaml:20:1: the field `kind` is missing; every document is a Kubernetes object with apiVersion and kind"
     );

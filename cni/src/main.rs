@@ -114,7 +114,15 @@ fn place(verb: &str, flags: &[&str]) -> anyhow::Result<String> {
         ],
         _ => &["--bin-dir", "--conf-dir", "--name"],
     };
-    for pair in flags.chunks(2) {
+    // `--flag value` and `--flag=value` alike.
+    let words: Vec<&str> = flags
+        .iter()
+        .flat_map(|word| match word.split_once('=') {
+            Some((flag, value)) if flag.starts_with("--") => vec![flag, value],
+            _ => vec![*word],
+        })
+        .collect();
+    for pair in words.chunks(2) {
         match *pair {
             [flag, value] if known.contains(&flag) => {
                 if given.insert(flag, value).is_some() {

@@ -4,7 +4,9 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use kun_harness::wait_for;
 
 const WITHIN: Duration = Duration::from_secs(20);
 
@@ -44,14 +46,6 @@ impl Drop for Running {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + WITHIN;
-    while !holds() {
-        assert!(Instant::now() < deadline, "still not: {what}");
-        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -126,7 +120,7 @@ fn it_follows_the_folder_and_heals_after_kill_9() {
                 .expect("runs"),
         );
         node(dir.path(), round);
-        wait_for("a block for the node", || owns(round));
+        wait_for("a block for the node", WITHIN, || owns(round).then_some(())).expect("in time");
     }
     assert!(owns("one") && owns("two"));
 }

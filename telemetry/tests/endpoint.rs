@@ -2,8 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use kun_harness::wait_until;
 use kun_telemetry::{Endpoint, Health, Metrics, ServeError, serve};
 use prometheus_client::metrics::counter::Counter;
 
@@ -102,24 +103,20 @@ fn an_endless_request_is_cut_off() {
 fn silent_connections_do_not_keep_others_out_for_long() {
     let (endpoint, _, _) = endpoint();
     let silent: Vec<TcpStream> = (0..64).map(|_| connect(&endpoint)).collect();
-    let deadline = Instant::now() + WITHIN;
-    loop {
+    let answered = wait_until(WITHIN, || {
         let mut stream = connect(&endpoint);
         let mut answer = String::new();
         if stream.write_all(b"GET /healthz HTTP/1.1\r\n\r\n").is_ok() {
             // A refused connection is closed or reset without an answer.
             let _ = stream.read_to_string(&mut answer);
         }
-        if answer.starts_with("HTTP/1.1 200 ") {
-            break;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "still shut out by {} silent connections",
-            silent.len()
-        );
-        std::thread::sleep(Duration::from_millis(50));
-    }
+        answer.starts_with("HTTP/1.1 200 ")
+    });
+    assert!(
+        answered,
+        "still shut out by {} silent connections",
+        silent.len()
+    );
 }
 
 #[test]

@@ -62,7 +62,9 @@ impl FolderRig {
 
 impl Rig for FolderRig {
     fn source(&self) -> Result<Source> {
-        Ok(Source::Folder(FolderSource::open(self.folder.path())?))
+        Ok(Source::Folder(Box::new(FolderSource::open(
+            self.folder.path(),
+        )?)))
     }
 
     fn origin(&self) -> &'static str {

@@ -253,7 +253,7 @@ fn a_wrong_object_keeps_its_last_good(rig: &mut dyn Rig) -> Result<()> {
         w.store
             .blocks()
             .find(|b| &*b.meta.name.name == "one")
-            .map(|b| b.node.clone())
+            .map(|b| b.node().clone())
     };
     ensure!(
         node_of_one(&watcher).as_deref() == Some("a"),
@@ -338,7 +338,7 @@ fn every_kind_is_read(rig: &mut dyn Rig) -> Result<()> {
         lease.is_some_and(|l| l.holder.as_deref() == Some("me") && l.duration_secs == Some(15)),
         "{lease:?}"
     );
-    ensure!(store.pools().next().is_some_and(|p| p.pods.len() == 1));
+    ensure!(store.pools().next().is_some_and(|p| p.spec.pods.len() == 1));
     ensure!(store.blocks_of("a").count() == 1);
     // A property of a kind that kun has no field for is nobody's trouble.
     rig.put(&[{

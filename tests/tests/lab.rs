@@ -10,8 +10,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use kun_harness::{Process, cgroup2_mount, netns_names, require_root, require_tool, wait_for};
+use kun_harness::{Process, netns_names, require_root, require_tool, wait_for};
 use kun_tests::lab::client::{Ask, Client, Told};
+use kun_tests::lab::down::traces;
 use kun_tests::lab::names::{CLUSTER_DNS_V4, CLUSTER_DNS_V6, LabName};
 use kun_tests::lab::{Lab, Options, probes};
 
@@ -60,41 +61,13 @@ fn options(what: &str, manifests: PathBuf) -> Options {
         manifests,
         programs: programs(),
         keep: false,
+        control_plane: false,
+        deploy: root().join("deploy"),
     }
 }
 
 fn up(options: &Options) -> Result<Lab> {
     Lab::up(options, &mut |step| println!("{step}"))
-}
-
-/// Everything on the machine that a lab may touch, by the lab's name: what must be gone.
-fn traces(name: &LabName) -> Vec<String> {
-    let mut traces: Vec<String> = netns_names()
-        .filter(|netns| name.owns_netns(netns))
-        .collect();
-    if let Ok(root) = cgroup2_mount()
-        && name.cgroup(&root).exists()
-    {
-        traces.push(name.cgroup(&root).display().to_string());
-    }
-    if name.directory().exists() {
-        traces.push(name.directory().display().to_string());
-    }
-    let directory = name.directory().display().to_string();
-    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
-    traces.extend(
-        mounts
-            .lines()
-            .filter(|line| line.contains(&directory))
-            .map(str::to_owned),
-    );
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let line = std::fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default();
-        if line.contains(&directory) {
-            traces.push(line.replace('\0', " "));
-        }
-    }
-    traces
 }
 
 /// A pod that keeps a connection of each family to a service, and uses it.
@@ -315,15 +288,15 @@ fn kill_a_dns_server(lab: &mut Lab) -> Result<()> {
 
 /// Assignments are kept over a restart.
 fn kill_the_operator(lab: &mut Lab) -> Result<()> {
-    let before = (lab.blocks()?, lab.folder.load_balancers()?);
+    let before = (lab.blocks()?, lab.load_balancers()?);
     lab.operator = None;
     ensure!(
-        (lab.blocks()?, lab.folder.load_balancers()?) == before,
+        (lab.blocks()?, lab.load_balancers()?) == before,
         "assignments went with the operator"
     );
     lab.start_operator()?;
     // A service that comes now is given an address by the new one, and nobody loses his.
-    let after = (lab.blocks()?, lab.folder.load_balancers()?);
+    let after = (lab.blocks()?, lab.load_balancers()?);
     ensure!(
         after == before,
         "the new operator moved an assignment: {before:?} → {after:?}"

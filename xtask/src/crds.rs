@@ -66,7 +66,7 @@ fn made(root: &Path) -> Result<BTreeMap<PathBuf, String>> {
     let folder = root.join("deploy/crds");
     let of = DEFINITIONS.iter().map(|definition| {
         let text = serde_saphyr::to_string(&definition.manifest()).context("writing YAML")?;
-        let path = folder.join(format!("kun.network_{}.yaml", definition.plural));
+        let path = folder.join(format!("kun.network_{}.yaml", definition.resource.plural));
         Ok((path, format!("{HEAD}{text}")))
     });
     let mut made = of.collect::<Result<BTreeMap<_, _>>>()?;

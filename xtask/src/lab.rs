@@ -4,13 +4,13 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::{command, setup};
+use crate::{command, peers, setup};
 
 /// Flags of `lab`, handed on to `kun-lab` as they are.
 #[derive(clap::Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Arguments {
-    /// `[--manifests PATH] [--keep] [--name NAME] [--output json]`, or `down [--name NAME | --all]`; `--help` for all.
+    /// `[--manifests PATH] [--control-plane] [--keep] [--name NAME] [--output json]`, or `down [--name NAME | --all]`; `--help` for all.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     words: Vec<String>,
 }
@@ -19,6 +19,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let down = arguments.words.first().is_some_and(|word| word == "down");
     if !down {
         setup::packages(setup::PACKAGES)?;
+    }
+    if arguments.words.iter().any(|word| word == "--control-plane") {
+        peers::ensure(Some("cluster"))?;
     }
     build()?;
     let status = program(&arguments.words).status()?;

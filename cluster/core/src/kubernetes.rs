@@ -7,12 +7,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use kun_config::Faults;
-use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents};
+use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents, nearest};
 
-use crate::crd::{self, Definition, How};
+use crate::crd::{self, Definition, How, Unknown};
 use crate::{
-    Endpoint, EndpointPort, EndpointSlice, IpFamily, Kind, Lease, Meta, Namespace, Node, Object,
-    ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
+    Endpoint, EndpointPort, EndpointSlice, IpFamily, KUN_GROUP, KUN_VERSION, Kind, Lease, Meta,
+    Namespace, Node, Object, ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType,
+    TrafficPolicy,
 };
 
 /// Session affinity without a timeout: three hours (core/v1 ClientIPConfig).
@@ -68,6 +69,7 @@ enum Writer {
 
 struct Reader<'r> {
     writer: Writer,
+    how: How,
     names: &'r mut Interner,
     manifest: Manifest,
 }
@@ -79,10 +81,25 @@ pub fn parse_manifest(file_name: &str, text: &str) -> Result<Manifest, Faults> {
 
 /// The same, sharing strings with what was read before.
 pub fn parse_with(names: &mut Interner, file_name: &str, text: &str) -> Result<Manifest, Faults> {
+    parse_how(How::FOLDER, names, file_name, text)
+}
+
+/// The same, with the statuses of kun's own kinds held to their schema as the API server holds whoever writes one.
+pub fn parse_with_status(file_name: &str, text: &str) -> Result<Manifest, Faults> {
+    parse_how(How::STATUS, &mut Interner::default(), file_name, text)
+}
+
+fn parse_how(
+    how: How,
+    names: &mut Interner,
+    file_name: &str,
+    text: &str,
+) -> Result<Manifest, Faults> {
     let trees = documents(file_name, text).map_err(|fault| Faults(vec![fault]))?;
     let sink = Sink::new(file_name);
     let mut reader = Reader {
         writer: Writer::File(Arc::from(file_name)),
+        how,
         names,
         manifest: Manifest::default(),
     };
@@ -112,6 +129,7 @@ pub fn read_api(names: &mut Interner, kind: Kind, title: &str, tree: &Tree<'_>) 
     let sink = Sink::new(title);
     let mut reader = Reader {
         writer: Writer::Server,
+        how: How::API,
         names,
         manifest: Manifest::default(),
     };
@@ -192,25 +210,29 @@ impl Reader<'_> {
                 let object = self.lease(&f, line).map(|o| Object::Lease(Arc::new(o)));
                 self.manifest.objects.extend(object);
             }
-            (crd::GROUP, _) if version != crd::VERSION => c.fault(
+            (KUN_GROUP, _) if version != KUN_VERSION => c.fault(
                 format_args!("no version `{version}` of kun.network"),
-                format_args!("write apiVersion: {}/{}", crd::GROUP, crd::VERSION),
+                format_args!("write apiVersion: {}/{}", KUN_GROUP, KUN_VERSION),
             ),
             ("kun.network", "ServiceAddress") => {
                 let address = self.service_address(f, line);
                 self.manifest.addresses.extend(address);
             }
-            (crd::GROUP, other) => match crd::definition(other) {
+            (KUN_GROUP, other) => match crd::definition(other) {
                 Some(definition) => {
                     let object = self.custom(f, line, definition);
                     self.manifest.objects.extend(object);
                 }
                 None => {
-                    let kinds = crd::DEFINITIONS.iter().map(|d| d.kind);
+                    let kinds = crd::DEFINITIONS.iter().map(|d| d.resource.kind);
                     let kinds: Vec<&str> = kinds.chain(["ServiceAddress"]).collect();
+                    let right = match nearest(other, &kinds) {
+                        Some(kind) => format!("did you mean `{kind}`?"),
+                        None => format!("known here: {}", kinds.join(", ")),
+                    };
                     c.fault(
                         format_args!("no kind `{other}` in kun.network/v1alpha1"),
-                        format_args!("known here: {}", kinds.join(", ")),
+                        right,
                     );
                 }
             },
@@ -563,13 +585,12 @@ impl Reader<'_> {
         line: u32,
         definition: &'static Definition,
     ) -> Option<Object> {
-        let meta = self.meta(&f, line, definition.namespaced);
-        let how = match self.writer {
-            Writer::File(_) => How::FOLDER,
-            Writer::Server => How::API,
-        };
-        let object = definition.read(&f, meta?, how);
-        finish(f).then_some(object?)
+        let meta = self.meta(&f, line, definition.resource.namespaced);
+        let object = definition.read(&f, meta?, self.how);
+        match self.how.unknown {
+            Unknown::Refuse => finish(f).then_some(object?),
+            Unknown::Ignore => object,
+        }
     }
 
     fn service_address(&mut self, f: Fields<'_, '_>, line: u32) -> Option<ServiceAddress> {

@@ -11,11 +11,15 @@ mod store;
 mod wanted;
 pub mod watch;
 
-pub use crd::{IpPool, IpamBlock};
+pub use crd::{
+    BgpAdvertisement, BgpPeer, BgpRouteAffinity, BgpSession, BrakeOverride, IpPool, IpamBlock,
+    KunService,
+};
 pub use kubernetes::{
-    Interner, Manifest, Reading, ServiceAddress, parse_manifest, parse_with, read_api,
+    Interner, Manifest, Reading, ServiceAddress, parse_manifest, parse_with, parse_with_status,
+    read_api,
 };
 pub use model::*;
-pub use resource::{KUN_GROUP, Resource};
+pub use resource::{KUN_GROUP, KUN_VERSION, Resource};
 pub use store::Store;
 pub use wanted::{Scope, Wanted};

@@ -5,7 +5,10 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use crate::crd::{IpPool, IpamBlock};
+use crate::crd::{
+    BgpAdvertisement, BgpPeer, BgpRouteAffinity, BgpSession, BrakeOverride, IpPool, IpamBlock,
+    KunService,
+};
 
 /// namespace/name; cluster-scoped objects have an empty namespace.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -302,6 +305,12 @@ pub enum Object {
     Lease(Arc<Lease>),
     IpPool(Arc<IpPool>),
     IpamBlock(Arc<IpamBlock>),
+    BgpPeer(Arc<BgpPeer>),
+    BgpAdvertisement(Arc<BgpAdvertisement>),
+    BgpRouteAffinity(Arc<BgpRouteAffinity>),
+    BgpSession(Arc<BgpSession>),
+    KunService(Arc<KunService>),
+    BrakeOverride(Arc<BrakeOverride>),
 }
 
 /// Kind of an object.
@@ -316,22 +325,12 @@ pub enum Kind {
     Lease,
     IpPool,
     IpamBlock,
-}
-
-impl Kind {
-    /// As manifests write it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::Service => "Service",
-            Kind::EndpointSlice => "EndpointSlice",
-            Kind::Node => "Node",
-            Kind::Pod => "Pod",
-            Kind::Namespace => "Namespace",
-            Kind::Lease => "Lease",
-            Kind::IpPool => "IPPool",
-            Kind::IpamBlock => "IPAMBlock",
-        }
-    }
+    BgpPeer,
+    BgpAdvertisement,
+    BgpRouteAffinity,
+    BgpSession,
+    KunService,
+    BrakeOverride,
 }
 
 impl Object {
@@ -346,6 +345,12 @@ impl Object {
             Object::Lease(o) => &o.meta,
             Object::IpPool(o) => &o.meta,
             Object::IpamBlock(o) => &o.meta,
+            Object::BgpPeer(o) => &o.meta,
+            Object::BgpAdvertisement(o) => &o.meta,
+            Object::BgpRouteAffinity(o) => &o.meta,
+            Object::BgpSession(o) => &o.meta,
+            Object::KunService(o) => &o.meta,
+            Object::BrakeOverride(o) => &o.meta,
         }
     }
 
@@ -365,6 +370,12 @@ impl Object {
             Object::Lease(_) => Kind::Lease,
             Object::IpPool(_) => Kind::IpPool,
             Object::IpamBlock(_) => Kind::IpamBlock,
+            Object::BgpPeer(_) => Kind::BgpPeer,
+            Object::BgpAdvertisement(_) => Kind::BgpAdvertisement,
+            Object::BgpRouteAffinity(_) => Kind::BgpRouteAffinity,
+            Object::BgpSession(_) => Kind::BgpSession,
+            Object::KunService(_) => Kind::KunService,
+            Object::BrakeOverride(_) => Kind::BrakeOverride,
         }
     }
 }

@@ -3,6 +3,10 @@
 
 use std::fmt::Write as _;
 
+use crate::crd::{
+    BgpAdvertisementSpec, BgpPeerSpec, BgpRouteAffinitySpec, BgpSessionSpec, BrakeOverrideSpec,
+    IpPoolSpec, IpamBlockSpec, KunServiceSpec, Spec,
+};
 use crate::{Kind, ObjectName, Scope};
 
 /// A resource of the API server.
@@ -23,13 +27,21 @@ pub struct Resource {
 /// The group of kun's own kinds.
 pub const KUN_GROUP: &str = "kun.network";
 
+/// Their version.
+pub const KUN_VERSION: &str = "v1alpha1";
+
 impl Resource {
+    /// Of the kind that a spec belongs to.
+    pub const fn of_spec<S: Spec>() -> Self {
+        Self::kun(S::KIND, S::PLURAL, S::NAMESPACED)
+    }
+
     /// A resource of kun's own.
     pub const fn kun(kind: &'static str, plural: &'static str, namespaced: bool) -> Self {
         Self {
             kind,
             group: KUN_GROUP,
-            version: "v1alpha1",
+            version: KUN_VERSION,
             plural,
             namespaced,
         }
@@ -69,8 +81,14 @@ impl Resource {
             Kind::Pod => Self::core("Pod", "pods", true),
             Kind::Namespace => Self::core("Namespace", "namespaces", false),
             Kind::Lease => Self::LEASES,
-            Kind::IpPool => Self::kun("IPPool", "ippools", false),
-            Kind::IpamBlock => Self::kun("IPAMBlock", "ipamblocks", false),
+            Kind::IpPool => Self::of_spec::<IpPoolSpec>(),
+            Kind::IpamBlock => Self::of_spec::<IpamBlockSpec>(),
+            Kind::BgpPeer => Self::of_spec::<BgpPeerSpec>(),
+            Kind::BgpAdvertisement => Self::of_spec::<BgpAdvertisementSpec>(),
+            Kind::BgpRouteAffinity => Self::of_spec::<BgpRouteAffinitySpec>(),
+            Kind::BgpSession => Self::of_spec::<BgpSessionSpec>(),
+            Kind::KunService => Self::of_spec::<KunServiceSpec>(),
+            Kind::BrakeOverride => Self::of_spec::<BrakeOverrideSpec>(),
         }
     }
 
@@ -132,7 +150,7 @@ const fn node_field(kind: Kind) -> Option<&'static str> {
         Kind::Pod => Some("spec.nodeName"),
         Kind::Node => Some("metadata.name"),
         // Declared as a selectable field by its CustomResourceDefinition.
-        Kind::IpamBlock => Some("spec.node"),
+        Kind::IpamBlock | Kind::BgpSession => Some("spec.node"),
         _ => None,
     }
 }

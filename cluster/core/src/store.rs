@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::{
-    Delta, EndpointSlice, IpPool, IpamBlock, Kind, Lease, Namespace, Node, Object, ObjectName, Pod,
-    Service,
+    BgpAdvertisement, BgpPeer, BgpRouteAffinity, BgpSession, BrakeOverride, Delta, EndpointSlice,
+    IpPool, IpamBlock, Kind, KunService, Lease, Namespace, Node, Object, ObjectName, Pod, Service,
 };
 
 /// All objects. Bounded by the cluster itself.
@@ -23,6 +23,12 @@ pub struct Store {
     leases: BTreeMap<ObjectName, Arc<Lease>>,
     pools: BTreeMap<ObjectName, Arc<IpPool>>,
     blocks: BTreeMap<ObjectName, Arc<IpamBlock>>,
+    peers: BTreeMap<ObjectName, Arc<BgpPeer>>,
+    advertisements: BTreeMap<ObjectName, Arc<BgpAdvertisement>>,
+    affinities: BTreeMap<ObjectName, Arc<BgpRouteAffinity>>,
+    sessions: BTreeMap<ObjectName, Arc<BgpSession>>,
+    kun_services: BTreeMap<ObjectName, Arc<KunService>>,
+    overrides: BTreeMap<ObjectName, Arc<BrakeOverride>>,
 }
 
 impl Store {
@@ -74,6 +80,18 @@ impl Store {
             Object::Lease(o) => self.leases.insert(name, o).map(Object::Lease),
             Object::IpPool(o) => self.pools.insert(name, o).map(Object::IpPool),
             Object::IpamBlock(o) => self.blocks.insert(name, o).map(Object::IpamBlock),
+            Object::BgpPeer(o) => self.peers.insert(name, o).map(Object::BgpPeer),
+            Object::BgpAdvertisement(o) => self
+                .advertisements
+                .insert(name, o)
+                .map(Object::BgpAdvertisement),
+            Object::BgpRouteAffinity(o) => self
+                .affinities
+                .insert(name, o)
+                .map(Object::BgpRouteAffinity),
+            Object::BgpSession(o) => self.sessions.insert(name, o).map(Object::BgpSession),
+            Object::KunService(o) => self.kun_services.insert(name, o).map(Object::KunService),
+            Object::BrakeOverride(o) => self.overrides.insert(name, o).map(Object::BrakeOverride),
         }
     }
 
@@ -95,6 +113,15 @@ impl Store {
             Kind::Lease => self.leases.remove(name).map(Object::Lease),
             Kind::IpPool => self.pools.remove(name).map(Object::IpPool),
             Kind::IpamBlock => self.blocks.remove(name).map(Object::IpamBlock),
+            Kind::BgpPeer => self.peers.remove(name).map(Object::BgpPeer),
+            Kind::BgpAdvertisement => self
+                .advertisements
+                .remove(name)
+                .map(Object::BgpAdvertisement),
+            Kind::BgpRouteAffinity => self.affinities.remove(name).map(Object::BgpRouteAffinity),
+            Kind::BgpSession => self.sessions.remove(name).map(Object::BgpSession),
+            Kind::KunService => self.kun_services.remove(name).map(Object::KunService),
+            Kind::BrakeOverride => self.overrides.remove(name).map(Object::BrakeOverride),
         }
     }
 
@@ -209,8 +236,38 @@ impl Store {
         self.blocks.values().filter(move |b| **b.node() == *node)
     }
 
+    /// BGP peers by name.
+    pub fn peers(&self) -> impl Iterator<Item = &Arc<BgpPeer>> {
+        self.peers.values()
+    }
+
+    /// Advertisements by name.
+    pub fn advertisements(&self) -> impl Iterator<Item = &Arc<BgpAdvertisement>> {
+        self.advertisements.values()
+    }
+
+    /// Route affinities by name.
+    pub fn affinities(&self) -> impl Iterator<Item = &Arc<BgpRouteAffinity>> {
+        self.affinities.values()
+    }
+
+    /// BGP sessions by name.
+    pub fn sessions(&self) -> impl Iterator<Item = &Arc<BgpSession>> {
+        self.sessions.values()
+    }
+
+    /// KunServices by name.
+    pub fn kun_services(&self) -> impl Iterator<Item = &Arc<KunService>> {
+        self.kun_services.values()
+    }
+
+    /// Overrides of the brakes by name.
+    pub fn overrides(&self) -> impl Iterator<Item = &Arc<BrakeOverride>> {
+        self.overrides.values()
+    }
+
     /// How many objects of each kind.
-    pub fn counts(&self) -> [(Kind, usize); 8] {
+    pub fn counts(&self) -> [(Kind, usize); 14] {
         [
             (Kind::Service, self.services.len()),
             (Kind::EndpointSlice, self.slices.len()),
@@ -220,6 +277,12 @@ impl Store {
             (Kind::Lease, self.leases.len()),
             (Kind::IpPool, self.pools.len()),
             (Kind::IpamBlock, self.blocks.len()),
+            (Kind::BgpPeer, self.peers.len()),
+            (Kind::BgpAdvertisement, self.advertisements.len()),
+            (Kind::BgpRouteAffinity, self.affinities.len()),
+            (Kind::BgpSession, self.sessions.len()),
+            (Kind::KunService, self.kun_services.len()),
+            (Kind::BrakeOverride, self.overrides.len()),
         ]
     }
 }

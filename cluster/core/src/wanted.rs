@@ -10,7 +10,7 @@ use crate::{Kind, Object};
 pub enum Scope {
     /// All of them.
     All,
-    /// Those of one node: its Pods, its IPAMBlocks, the Node of that name. Ten thousand nodes that each read all Pods would be
+    /// Those of one node: its Pods, its IPAMBlocks, its BGPSessions, the Node of that name. Ten thousand nodes that each read all Pods would be
     /// the API server's whole load.
     Node(Arc<str>),
 }
@@ -21,6 +21,7 @@ impl Scope {
         match (self, object) {
             (Self::Node(node), Object::Pod(pod)) => pod.node.as_ref() == Some(node),
             (Self::Node(node), Object::IpamBlock(block)) => block.node() == node,
+            (Self::Node(node), Object::BgpSession(session)) => session.spec.node.shared() == node,
             (Self::Node(node), Object::Node(own)) => own.meta.name.name == *node,
             // All of it, or a kind that has no node.
             _ => true,

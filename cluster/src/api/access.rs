@@ -31,14 +31,14 @@ impl Access {
             kubeconfig: kubeconfig.map(Path::to_owned),
             connect_within: CONNECT_WITHIN,
         };
-        // On a thread of its own: the caller may be on a runtime, where nothing may block.
-        let looked = std::thread::scope(|scope| {
-            let look = scope.spawn(|| runtime()?.block_on(access.config()).map(drop));
-            // It panics only where this one would have.
-            look.join()
+        // On a thread of its own: who opens a source may be inside a runtime, where another cannot be waited for.
+        let read = || runtime()?.block_on(access.config()).map(drop);
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(read);
+            reading
+                .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        });
-        looked?;
+        })?;
         Ok(access)
     }
 

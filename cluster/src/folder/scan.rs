@@ -95,30 +95,34 @@ impl Scanner {
     }
 
     /// Walks the folder and reads the files that may have changed; whether any object may have.
-    ///
-    /// A mount that is swapped (`..data`, or the root itself) while its files are read would show half of each version: then they are
-    /// read once more.
     pub(super) fn read_files(&mut self, wake: &Wake) -> bool {
-        let mut before = self.mounts();
-        let mut changed = self.read_once(wake);
-        for _ in 0..MAX_SWAPS {
-            let now = self.mounts();
-            if now == before {
+        self.read_with(wake, &mut read_text)
+    }
+
+    /// A mount that is swapped (a folder's `..data`, or the root itself) while its files are read would show half of each version:
+    /// then they are read once more.
+    fn read_with(&mut self, wake: &Wake, read: &mut Read<'_>) -> bool {
+        let mut changed = false;
+        for _ in 0..=MAX_SWAPS {
+            let root = leads(&self.root);
+            let mounts = self.read_once(wake, read, &mut changed);
+            let stands = |(data, to): (&PathBuf, &PathBuf)| {
+                std::fs::read_link(data).is_ok_and(|now| now == *to)
+            };
+            if leads(&self.root) == root && mounts.iter().all(stands) {
                 break;
             }
-            before = now;
-            changed |= self.read_once(wake);
         }
         changed
     }
 
-    /// Where the root and its `..data` link lead now.
-    fn mounts(&self) -> [Option<PathBuf>; 2] {
-        let leads = |path: &Path| std::fs::canonicalize(path).ok();
-        [leads(&self.root), leads(&self.root.join("..data"))]
-    }
-
-    fn read_once(&mut self, wake: &Wake) -> bool {
+    /// One walk and one reading; the `..data` links that the walk met, and where they led when it came by.
+    fn read_once(
+        &mut self,
+        wake: &Wake,
+        read: &mut Read<'_>,
+        changed: &mut bool,
+    ) -> BTreeMap<PathBuf, PathBuf> {
         let mut walk = Walk::default();
         if let Err(error) = walk.enter(&self.root, 0) {
             // A root that is gone for a moment (a swap by two renames, an unmounted volume) takes nothing with it.
@@ -127,13 +131,13 @@ impl Scanner {
                 self.root.display()
             )];
             self.unread = true;
-            return false;
+            return BTreeMap::new();
         }
         let gone: Vec<PathBuf> = (self.files.keys())
             .filter(|path| !walk.files.contains_key(*path) && !walk.is_below_unreadable(path))
             .cloned()
             .collect();
-        let mut changed = !gone.is_empty();
+        *changed |= !gone.is_empty();
         for path in gone {
             self.files.remove(&path);
         }
@@ -146,12 +150,12 @@ impl Scanner {
             if known && file.stat == *stat && !wake.all && !wake.dirty.contains(path) {
                 continue;
             }
-            changed |= file.read(path, *stat, &mut self.names);
+            *changed |= file.read(path, *stat, &mut self.names, read);
         }
         self.folders = walk.folders;
         self.unread = !walk.unreadable.is_empty();
         self.walk_troubles = walk.troubles;
-        changed
+        walk.mounts
     }
 
     /// Whether every file was right at least once. Too deep a folder is none of ours and was none of an earlier life's.
@@ -189,9 +193,9 @@ impl Scanner {
 
 impl File {
     /// Reads the file if its contents are new; whether its objects may be others now.
-    fn read(&mut self, path: &Path, stat: Stat, names: &mut Interner) -> bool {
+    fn read(&mut self, path: &Path, stat: Stat, names: &mut Interner, read: &mut Read<'_>) -> bool {
         self.stat = stat;
-        let text = match read_text(path, stat.size) {
+        let text = match read(path, stat.size) {
             Ok(text) => text,
             // Gone between the walk and now: the removal wakes the next scan.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
@@ -241,6 +245,14 @@ impl File {
     }
 }
 
+/// How a file of a size is read.
+type Read<'r> = dyn FnMut(&Path, u64) -> io::Result<String> + 'r;
+
+/// Where a path ends up, through all links.
+fn leads(path: &Path) -> Option<PathBuf> {
+    std::fs::canonicalize(path).ok()
+}
+
 fn read_text(path: &Path, size: u64) -> io::Result<String> {
     if size > MAX_FILE {
         return Err(io::Error::other(format!(
@@ -254,6 +266,8 @@ fn read_text(path: &Path, size: u64) -> io::Result<String> {
 struct Walk {
     files: BTreeMap<PathBuf, Stat>,
     folders: BTreeSet<PathBuf>,
+    /// The `..data` link of each folder that has one, and where it led before anything below was looked at.
+    mounts: BTreeMap<PathBuf, PathBuf>,
     unreadable: Vec<PathBuf>,
     troubles: Vec<String>,
 }
@@ -264,6 +278,10 @@ impl Walk {
         if !meta.is_dir() {
             self.files.insert(path.to_owned(), Stat::of(&meta));
             return Ok(());
+        }
+        let data = path.join("..data");
+        if let Ok(to) = std::fs::read_link(&data) {
+            self.mounts.insert(data, to);
         }
         let entries: Vec<_> = std::fs::read_dir(path)?.collect::<io::Result<_>>()?;
         self.folders.insert(path.to_owned());
@@ -322,4 +340,64 @@ impl Walk {
 fn is_manifest(path: &Path) -> bool {
     path.extension()
         .is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::{Delta, Object};
+
+    /// A ConfigMap's mount with two Services whose ports are the version.
+    fn version(mount: &Path, n: u16) {
+        let below = mount.join(format!("..version{n}"));
+        std::fs::create_dir(&below).unwrap();
+        for name in ["a", "b"] {
+            let text = format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{ports: [{{port: {n}}}]}}\n"
+            );
+            std::fs::write(below.join(format!("{name}.yaml")), text).unwrap();
+        }
+    }
+
+    fn swap(mount: &Path, n: u16) {
+        symlink(format!("..version{n}"), mount.join("..new")).unwrap();
+        std::fs::rename(mount.join("..new"), mount.join("..data")).unwrap();
+    }
+
+    fn ports(deltas: Vec<Delta>) -> Vec<u16> {
+        let port = |delta| match delta {
+            Delta::Upsert(Object::Service(service)) => service.ports[0].port,
+            other => panic!("{other:?}"),
+        };
+        deltas.into_iter().map(port).collect()
+    }
+
+    /// Swapped between the first file and the second, at the root and in a sub-folder: never half of each version.
+    #[test]
+    fn a_mount_that_is_swapped_between_two_files_is_read_once_more() {
+        for below in ["", "mounted"] {
+            let root = tempfile::tempdir().unwrap();
+            let mount = root.path().join(below);
+            std::fs::create_dir_all(&mount).unwrap();
+            version(&mount, 1);
+            version(&mount, 2);
+            swap(&mount, 1);
+            for name in ["a.yaml", "b.yaml"] {
+                symlink(format!("..data/{name}"), mount.join(name)).unwrap();
+            }
+            let mut scanner = Scanner::new(root.path());
+            let mut read = 0;
+            scanner.read_with(&Wake::everything(), &mut |path, size| {
+                let text = read_text(path, size);
+                read += 1;
+                if read == 1 {
+                    swap(&mount, 2);
+                }
+                text
+            });
+            assert_eq!(ports(scanner.merge()), [2, 2], "in {below:?}");
+        }
+    }
 }

@@ -8,5 +8,5 @@
 mod read;
 mod tree;
 
-pub use read::{Cursor, Fields, Sink};
+pub use read::{Cursor, Fields, Sink, nearest};
 pub use tree::{Entry, Mark, Node, Value, documents};

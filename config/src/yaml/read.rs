@@ -367,7 +367,7 @@ fn shortened(text: &str) -> String {
 }
 
 /// The known name that `given` was probably meant to be.
-fn nearest(given: &str, known: &[&'static str]) -> Option<&'static str> {
+pub fn nearest(given: &str, known: &[&'static str]) -> Option<&'static str> {
     let given = given.to_lowercase();
     let plain = |s: &str| s.to_lowercase().replace(['-', '_'], "");
     known

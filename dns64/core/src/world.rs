@@ -138,7 +138,10 @@ impl World {
 
     /// Whether some of them need every Pod.
     pub fn wants_pods(&self) -> bool {
-        self.routes.kubernetes.iter().any(|spec| spec.pods == PodMode::Verified)
+        self.routes
+            .kubernetes
+            .iter()
+            .any(|spec| spec.pods == PodMode::Verified)
     }
 
     /// Whether every snapshot holds a complete cluster.

@@ -1,4 +1,4 @@
-//! Directories of the cgroup v2 tree, wherever it is mounted (alone, or as the `unified` part of a hybrid).
+//! Directories of the cgroup trees, most often of v2's, wherever it is mounted (alone, or as the `unified` part of a hybrid).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,18 @@ pub fn cgroup2_mount() -> Result<PathBuf> {
         .context("/proc/mounts: no cgroup2 is mounted; mount -t cgroup2 none /sys/fs/cgroup")
 }
 
-/// A cgroup v2 directory; it, its children and the processes in them are gone on drop.
+/// The roots of all hierarchies: v2, and the v1 controllers where the machine has them beside it.
+pub fn cgroup_mounts() -> Result<Vec<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/mounts").context("reading /proc/mounts")?;
+    let roots = mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ');
+        let (_device, directory, kind) = (fields.next()?, fields.next()?, fields.next()?);
+        (kind == "cgroup2" || kind == "cgroup").then(|| PathBuf::from(directory))
+    });
+    Ok(roots.collect())
+}
+
+/// A cgroup directory; it, its children and the processes in them are gone on drop.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,

@@ -15,7 +15,7 @@ mod skips;
 mod wait;
 
 pub use bpffs::BpfFs;
-pub use cgroup::{Cgroup, cgroup2_mount};
+pub use cgroup::{Cgroup, cgroup_mounts, cgroup2_mount};
 pub use control_plane::ControlPlane;
 pub use netns::{Netns, enter, netns_names, veth};
 pub use process::{Process, run};

@@ -85,16 +85,15 @@ pub fn run<'a>(words: impl IntoIterator<Item = &'a str>) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Kills every process that the predicate picks, and waits until they are gone. Never the caller.
+/// Kills every process that the predicate picks, and those that they start meanwhile, until there is none. Never the caller.
 pub(crate) fn kill_all(pick: impl Fn(u32) -> bool) {
-    let picked: Vec<u32> = pids()
-        .filter(|&pid| pid != std::process::id() && pick(pid))
-        .collect();
-    for &pid in &picked {
-        kill_now(pid);
-    }
-    let _ = crate::wait_until(std::time::Duration::from_secs(5), || {
-        !picked.iter().any(|&pid| pick(pid))
+    let _ = crate::wait_until(std::time::Duration::from_secs(10), || {
+        let mut none = true;
+        for pid in pids().filter(|&pid| pid != std::process::id() && pick(pid)) {
+            kill_now(pid);
+            none = false;
+        }
+        none
     });
 }
 

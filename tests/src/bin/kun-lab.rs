@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
+use kun_tests::lab::cluster::room;
 use kun_tests::lab::names::LabName;
 use kun_tests::lab::{Lab, Options, client, down, probes, server};
 
@@ -24,6 +25,9 @@ struct Arguments {
     /// A file or a folder of Kubernetes manifests; default: deploy/lab.
     #[arg(long)]
     manifests: Option<PathBuf>,
+    /// On a real Kubernetes: API server, controllers, and a containerd and kubelet on every node.
+    #[arg(long)]
+    control_plane: bool,
     /// Leave the lab standing after the probes.
     #[arg(long)]
     keep: bool,
@@ -59,6 +63,19 @@ enum Task {
     /// Inside a pod: the client.
     #[command(hide = true)]
     Client,
+    /// Inside a pod's sandbox: what holds it.
+    #[command(hide = true)]
+    Pause,
+    /// Holds a machine's namespaces.
+    #[command(hide = true)]
+    Room {
+        #[arg(long)]
+        lab: PathBuf,
+        #[arg(long)]
+        state: PathBuf,
+        #[arg(long)]
+        hostname: String,
+    },
 }
 
 /// A signal asked for the end.
@@ -71,6 +88,17 @@ fn main() -> ExitCode {
         Some(Task::Down { name, all }) => take_down(name, *all).map(|()| true),
         Some(Task::Serve { name, tcp, udp }) => server::serve(name, tcp, udp).map(|()| true),
         Some(Task::Client) => client::serve().map(|()| true),
+        Some(Task::Pause) => server::pause().map(|()| true),
+        Some(Task::Room {
+            lab,
+            state,
+            hostname,
+        }) => room::hold(&room::Plan {
+            lab: lab.clone(),
+            state: state.clone(),
+            hostname: hostname.clone(),
+        })
+        .map(|()| true),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -98,6 +126,8 @@ fn up(arguments: &Arguments) -> Result<bool> {
             .unwrap_or_else(|| PathBuf::from("deploy/lab")),
         programs: me.parent().unwrap_or(Path::new(".")).to_owned(),
         keep: arguments.keep,
+        control_plane: arguments.control_plane,
+        deploy: PathBuf::from("deploy"),
     };
     down_on_signal(options.name.clone())?;
     let progress = Progress::new();

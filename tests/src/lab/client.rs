@@ -63,6 +63,8 @@ pub enum Ask {
         /// Its number.
         id: u32,
     },
+    /// The IPv4 addresses of the namespace, loopback's aside.
+    OwnV4,
 }
 
 /// What came of it.
@@ -123,7 +125,26 @@ fn answer(ask: &Ask, open: &mut HashMap<u32, TcpStream>) -> Result<Told> {
             let stream = open.get_mut(id).context("no such connection")?;
             Ok(Told::Hello(server::exchange(stream, "lab")?))
         }
+        Ask::OwnV4 => Ok(Told::Addresses {
+            addresses: own_v4(&std::fs::read_to_string("/proc/self/net/fib_trie")?),
+        }),
     }
+}
+
+/// The local addresses in the kernel's dump of its IPv4 routes: a leaf, then its kind.
+fn own_v4(trie: &str) -> Vec<IpAddr> {
+    let mut own = Vec::new();
+    let mut leaf = None;
+    for line in trie.lines().map(str::trim) {
+        if let Some(address) = line.strip_prefix("|-- ") {
+            leaf = address.parse::<std::net::Ipv4Addr>().ok();
+        } else if line.contains("host LOCAL") {
+            own.extend(leaf.filter(|a| !a.is_loopback()).map(IpAddr::V4));
+        }
+    }
+    own.sort();
+    own.dedup();
+    own
 }
 
 fn udp_towards(to: SocketAddr) -> Result<UdpSocket> {
@@ -239,12 +260,17 @@ pub struct Client {
 impl Client {
     /// Starts `kun-lab client` in the namespace and, where given, the cgroup.
     pub fn start(command: Command, netns: &Netns, cgroup: Option<&Cgroup>) -> Result<Self> {
-        let mut command = match cgroup {
+        let command = match cgroup {
             Some(cgroup) => cgroup.wrap(&command),
             None => command,
         };
+        netns.run(move || Self::spawn(command))
+    }
+
+    /// Starts what gets a client to run where it belongs.
+    pub fn spawn(mut command: Command) -> Result<Self> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = netns.run(|| command.spawn()).context("starting a client")?;
+        let mut child = command.spawn().context("starting a client")?;
         let input = child.stdin.take().context("a piped child has an input")?;
         let output = BufReader::new(child.stdout.take().context("a piped child has an output")?);
         Ok(Self {
@@ -272,5 +298,18 @@ impl Drop for Client {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn local_addresses_are_told_from_networks_and_broadcasts() {
+        let trie = "Main:\n  +-- 0.0.0.0/0 3 0 5\n     |-- 0.0.0.0\n        /0 universe UNICAST\n     |-- 10.64.0.2\n        \
+                    /32 host LOCAL\n     |-- 127.0.0.1\n        /32 host LOCAL\n     |-- 127.255.255.255\n        \
+                    /32 link BROADCAST\nLocal:\n     |-- 10.64.0.2\n        /32 host LOCAL\n";
+        assert_eq!(own_v4(trie), ["10.64.0.2".parse::<IpAddr>().unwrap()]);
     }
 }

@@ -5,10 +5,10 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use kun_harness::{BpfFs, Cgroup, Netns, cgroup2_mount, netns_names};
+use kun_harness::{BpfFs, Cgroup, Netns, cgroup_mounts, netns_names};
 use rustix::fs::{FlockOperation, flock};
 
-use super::names::{LabName, RUN};
+use super::names::{LabName, RUN, STATE};
 
 /// Held by whoever brings a lab up or takes it down.
 #[derive(Debug)]
@@ -63,7 +63,9 @@ fn lock_path(name: &LabName) -> PathBuf {
 
 /// Whether anything of the lab is there.
 pub fn stands(name: &LabName) -> bool {
-    name.directory().exists() || netns_names().any(|netns| name.owns_netns(&netns))
+    name.directory().exists()
+        || name.state().exists()
+        || netns_names().any(|netns| name.owns_netns(&netns))
 }
 
 /// The labs of this machine.
@@ -88,7 +90,8 @@ pub fn down(name: &LabName) {
     for netns in netns_names().filter(|netns| name.owns_netns(netns)) {
         drop(Netns::adopt(&netns));
     }
-    if let Ok(root) = cgroup2_mount() {
+    // Containers are in namespaces that the lab does not know by name, but in its cgroups.
+    for root in cgroup_mounts().unwrap_or_default() {
         drop(Cgroup::adopt(name.cgroup(&root)));
     }
     let bpffs = name.directory().join("bpf");
@@ -96,4 +99,34 @@ pub fn down(name: &LabName) {
         drop(BpfFs::adopt(bpffs));
     }
     let _ = fs::remove_dir_all(name.directory());
+    let _ = fs::remove_dir_all(name.state());
+    let _ = fs::remove_dir(STATE);
+}
+
+/// Everything of a lab that is on the machine, by its name: what must be gone when it is down.
+pub fn traces(name: &LabName) -> Vec<String> {
+    let mut traces: Vec<String> = netns_names()
+        .filter(|netns| name.owns_netns(netns))
+        .collect();
+    let groups = cgroup_mounts().unwrap_or_default();
+    let mut paths: Vec<PathBuf> = groups.iter().map(|root| name.cgroup(root)).collect();
+    let directories = [name.directory(), name.state()];
+    paths.extend(directories.clone());
+    let there = paths.into_iter().filter(|path| path.exists());
+    traces.extend(there.map(|path| path.display().to_string()));
+    let ours = |line: &str| {
+        directories
+            .iter()
+            .any(|d| line.contains(&*d.to_string_lossy()))
+    };
+    let read = |path: &Path| fs::read_to_string(path).unwrap_or_default();
+    // Mounts are in namespaces of their own: as long as a process is in one, they are there.
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let line = read(&process.path().join("cmdline")).replace('\0', " ");
+        let mounts = read(&process.path().join("mounts"));
+        if ours(&line) || mounts.lines().any(ours) {
+            traces.push(format!("process {}: {line}", process.path().display()));
+        }
+    }
+    traces
 }

@@ -49,43 +49,39 @@ impl Folder {
         collect(&self.path, &mut objects)?;
         Ok(objects)
     }
+}
 
-    /// Blocks by node, from the operator's IPAMBlocks.
-    pub fn blocks(&self) -> Result<BTreeMap<String, Vec<BlockId>>> {
-        let mut blocks: BTreeMap<String, Vec<BlockId>> = BTreeMap::new();
-        for object in self.objects()?.iter().filter(|o| o["kind"] == "IPAMBlock") {
-            let first = object["spec"]["first"]
-                .as_str()
-                .and_then(|t| t.parse::<std::net::Ipv4Addr>().ok());
-            let node = object["spec"]["node"].as_str();
-            let block = first.and_then(|first| BlockId::new(Slot::from(first)));
-            if let (Some(block), Some(node)) = (block, node) {
-                blocks.entry(node.to_owned()).or_default().push(block);
-            }
+/// Blocks by node, from the operator's IPAMBlocks.
+pub fn blocks(objects: &[Value]) -> BTreeMap<String, Vec<BlockId>> {
+    let mut blocks: BTreeMap<String, Vec<BlockId>> = BTreeMap::new();
+    for object in objects.iter().filter(|o| o["kind"] == "IPAMBlock") {
+        let first = object["spec"]["first"]
+            .as_str()
+            .and_then(|t| t.parse::<std::net::Ipv4Addr>().ok());
+        let node = object["spec"]["node"].as_str();
+        let block = first.and_then(|first| BlockId::new(Slot::from(first)));
+        if let (Some(block), Some(node)) = (block, node) {
+            blocks.entry(node.to_owned()).or_default().push(block);
         }
-        Ok(blocks)
     }
+    blocks
+}
 
-    /// LoadBalancer addresses by `namespace/name`, from the operator's ServiceAddresses.
-    pub fn load_balancers(&self) -> Result<BTreeMap<String, Vec<IpAddr>>> {
-        let mut found: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
-        for object in self
-            .objects()?
-            .iter()
-            .filter(|o| o["kind"] == "ServiceAddress")
-        {
-            let namespace = object["metadata"]["namespace"]
-                .as_str()
-                .unwrap_or("default");
-            let name = object["metadata"]["name"].as_str().unwrap_or_default();
-            let addresses = object["spec"]["addresses"].as_array().into_iter().flatten();
-            let ips = addresses
-                .filter_map(|ip| ip.as_str()?.parse().ok())
-                .collect();
-            found.insert(format!("{namespace}/{name}"), ips);
-        }
-        Ok(found)
+/// LoadBalancer addresses by `namespace/name`, from the operator's ServiceAddresses.
+pub fn load_balancers(objects: &[Value]) -> BTreeMap<String, Vec<IpAddr>> {
+    let mut found: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
+    for object in objects.iter().filter(|o| o["kind"] == "ServiceAddress") {
+        let namespace = object["metadata"]["namespace"]
+            .as_str()
+            .unwrap_or("default");
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        let addresses = object["spec"]["addresses"].as_array().into_iter().flatten();
+        let ips = addresses
+            .filter_map(|ip| ip.as_str()?.parse().ok())
+            .collect();
+        found.insert(format!("{namespace}/{name}"), ips);
     }
+    found
 }
 
 fn collect(directory: &Path, objects: &mut Vec<Value>) -> Result<()> {

@@ -1,9 +1,10 @@
 //! The lab: a whole cluster network on one machine, driven by a folder of manifests, and probed.
 //!
-//! Real are the programs of kun, BIRD, nginx, nsd and the kernel. The lab plays the rest: the fabric's cables, the container
-//! runtime, and the controllers that turn manifests into pods and EndpointSlices.
+//! Real are the programs of kun, BIRD, nginx, nsd and the kernel. The fabric's cables are played. What starts pods and makes
+//! EndpointSlices of them is the lab's ground: the lab itself ([`played`]), or a real Kubernetes ([`cluster`]).
 
 pub mod client;
+pub mod cluster;
 pub mod down;
 pub mod expand;
 pub mod folder;
@@ -11,6 +12,7 @@ pub mod manifests;
 pub mod names;
 pub mod node;
 pub mod outside;
+pub mod played;
 pub mod pod;
 pub mod probes;
 pub mod report;
@@ -18,7 +20,8 @@ pub mod server;
 pub mod topology;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -27,12 +30,14 @@ use kun_harness::{BpfFs, Cgroup, Process, cgroup2_mount, wait_for};
 use serde_json::Value;
 
 use client::Client;
-use expand::{Endpoint, PodPlan, ServicePlan};
+use cluster::Cluster;
+use expand::{PodPlan, ServicePlan};
 use folder::Folder;
+use manifests::Application;
 use names::{LabName, MACHINES};
 use node::{Node, Places, last_line};
 use outside::Outside;
-use pod::{Pod, Workload};
+use pod::Pod;
 use topology::Topology;
 
 /// The operator hands out blocks within a moment; a busy machine needs longer.
@@ -49,6 +54,19 @@ pub struct Options {
     pub programs: PathBuf,
     /// Leave it standing when it cannot be brought up, to look inside.
     pub keep: bool,
+    /// On a real Kubernetes.
+    pub control_plane: bool,
+    /// kun's manifests for a cluster: the folder `deploy`.
+    pub deploy: PathBuf,
+}
+
+/// Who starts pods and writes what the cluster's programs read.
+#[derive(Debug)]
+pub enum Ground {
+    /// The lab.
+    Played,
+    /// An API server, its controllers, kubelets.
+    Cluster(Box<Cluster>),
 }
 
 /// A lab that stands; everything is gone when it drops, unless [`Lab::keep`].
@@ -74,7 +92,9 @@ pub struct Lab {
     pub services: Vec<ServicePlan>,
     /// What the manifests held that the lab does not run.
     pub notes: Vec<String>,
-    /// Pods ever started: the next one's number.
+    /// Who starts the pods.
+    pub ground: Ground,
+    /// Pods ever started by the lab: the next one's number.
     started: usize,
     _cgroup: Cgroup,
     _bpffs: BpfFs,
@@ -97,7 +117,13 @@ impl Lab {
         );
         step("manifests");
         let mut application = manifests::read(&options.manifests)?;
-        let own = manifests::parse("the lab's own manifests", OWN)?;
+        let mut own = manifests::parse("the lab's own manifests", OWN)?;
+        if options.control_plane {
+            // The DNS server is part of kun's own manifests.
+            own.workloads.retain(|w| w.namespace == OWN_NAMESPACE);
+            own.services
+                .retain(|s| s.metadata.namespace == OWN_NAMESPACE);
+        }
         application.workloads.extend(own.workloads);
         application.services.extend(own.services);
         let mut notes = std::mem::take(&mut application.notes);
@@ -121,7 +147,7 @@ impl Lab {
         pod::make_log_directory(&places.directory)?;
         let bpffs = BpfFs::create(places.bpffs())?;
         let cgroup = Cgroup::create(options.name.cgroup(&cgroup2_mount()?))?;
-        let topology = Topology::build(&options.name)?;
+        let topology = Topology::build(&options.name, options.control_plane)?;
         step("BIRD, nginx, nsd");
         let outside = Outside::start(&topology, &places.directory)?;
         let folder = Folder::create(places.cluster())?;
@@ -131,6 +157,7 @@ impl Lab {
                 machine,
                 &places,
                 cgroup.child(machine.name)?,
+                options.control_plane,
             )?);
         }
         let mut lab = Self {
@@ -144,12 +171,16 @@ impl Lab {
             pods: Vec::new(),
             services,
             notes,
+            ground: Ground::Played,
             started: 0,
             _cgroup: cgroup,
             _bpffs: bpffs,
             _lock: lock,
         };
-        let raised = lab.raise(plans, &application.others, step);
+        let raised = match options.control_plane {
+            true => lab.raise_cluster(&application, plans.len(), &options.deploy, step),
+            false => lab.raise(plans, &application.others, step),
+        };
         if let Err(e) = raised {
             if options.keep {
                 lab.keep();
@@ -166,24 +197,52 @@ impl Lab {
         others: &[Value],
         step: &mut dyn FnMut(&str),
     ) -> Result<()> {
-        let lab = self;
-        lab.write_ground(&plans, others)?;
-        step("kun-operator");
-        lab.start_operator()?;
-        lab.wait_for_blocks()?;
-        step("kun-proxy on every machine");
-        lab.start_agents()?;
+        self.write_ground(&plans, others)?;
+        self.start_programs(step)?;
         let count = plans.len();
         for (number, plan) in plans.into_iter().enumerate() {
             step(&format!("pod {} of {count}: {}", number + 1, plan.name));
-            lab.start_pod(plan)?;
+            self.start_pod(plan)?;
         }
         step("pods answering");
-        for pod in &mut lab.pods {
+        for pod in &mut self.pods {
             let machine = pod.plan.node;
-            pod.wait_ready(lab.topology.machine(machine))?;
+            pod.wait_ready(self.topology.machine(machine))?;
         }
-        lab.publish()
+        self.publish()
+    }
+
+    fn raise_cluster(
+        &mut self,
+        application: &Application,
+        count: usize,
+        deploy: &Path,
+        step: &mut dyn FnMut(&str),
+    ) -> Result<()> {
+        step("control plane, containerd and kubelet on every machine");
+        let cluster = Cluster::start(&self.name, &self.places, &self.topology, &self.nodes)?;
+        self.ground = Ground::Cluster(Box::new(cluster));
+        let Ground::Cluster(cluster) = &mut self.ground else {
+            unreachable!("it was just made");
+        };
+        step("kun, by deploy/");
+        cluster.install(deploy, &self.nodes, &self.places.directory)?;
+        step("nodes ready");
+        cluster.wait_for_nodes()?;
+        step("objects");
+        cluster.apply(&cluster::objects::of(application, &self.services))?;
+        cluster.address(&mut self.services)?;
+        self.pods = cluster.pods(count + cluster::install::DNS_PODS, step)?;
+        Ok(())
+    }
+
+    /// kun's own, but for what runs in pods.
+    fn start_programs(&mut self, step: &mut dyn FnMut(&str)) -> Result<()> {
+        step("kun-operator");
+        self.start_operator()?;
+        self.wait_for_blocks()?;
+        step("kun-proxy on every machine");
+        self.start_agents()
     }
 
     fn write_ground(&self, plans: &[PodPlan], others: &[Value]) -> Result<()> {
@@ -238,7 +297,7 @@ impl Lab {
                 if !operator.is_running() {
                     return Some(false);
                 }
-                let blocks = folder.blocks().ok()?;
+                let blocks = folder::blocks(&folder.objects().ok()?);
                 MACHINES
                     .iter()
                     .filter(|m| m.schedulable)
@@ -267,57 +326,18 @@ impl Lab {
         })
     }
 
-    fn start_pod(&mut self, plan: PodPlan) -> Result<()> {
-        let number = self.started;
-        self.started += 1;
-        let workload = match plan.labels.get("k8s-app").map(String::as_str) {
-            Some("kube-dns") if plan.namespace == "kube-system" => Workload::Dns,
-            _ => Workload::Server,
-        };
-        let node = self.node(plan.node.name)?;
-        let netns = self.topology.machine(plan.node);
-        let pod = Pod::start(
-            &self.name,
-            &self.places,
-            number,
-            plan,
-            node,
-            netns,
-            workload,
-        )?;
-        self.pods.push(pod);
-        Ok(())
+    /// The Kubernetes that it stands on.
+    pub fn cluster(&self) -> Result<&Cluster> {
+        match &self.ground {
+            Ground::Cluster(cluster) => Ok(cluster),
+            Ground::Played => anyhow::bail!("the lab does not stand on a Kubernetes"),
+        }
     }
 
-    /// Writes pods and EndpointSlices as they are now: a pod is ready while its process runs.
-    pub fn publish(&mut self) -> Result<()> {
-        let running: Vec<bool> = self
-            .pods
-            .iter_mut()
-            .map(|pod| pod.process.as_mut().is_some_and(Process::is_running))
-            .collect();
-        let endpoints: Vec<Endpoint<'_>> = self
-            .pods
-            .iter()
-            .zip(running)
-            .map(|(pod, ready)| Endpoint {
-                pod: &pod.plan,
-                addresses: &pod.addresses,
-                ready,
-            })
-            .collect();
-        let slices: Vec<Value> = self
-            .services
-            .iter()
-            .flat_map(|service| expand::endpoint_slices(service, &endpoints))
-            .collect();
-        let pods: Vec<Value> = self
-            .pods
-            .iter()
-            .map(|pod| expand::pod_json(&pod.plan, &pod.addresses))
-            .collect();
-        self.folder.write("pods.yaml", &pods)?;
-        self.folder.write("endpointslices.yaml", &slices)
+    /// Looks at the pods again: controllers make others whenever they are told to.
+    pub fn refresh(&mut self) -> Result<()> {
+        self.pods = self.cluster()?.pods_now()?;
+        Ok(())
     }
 
     /// A machine.
@@ -340,58 +360,12 @@ impl Lab {
         node.start_agent(topology.machine(node.machine))
     }
 
-    /// `kill -9` of a pod's process; its EndpointSlices do not know yet.
-    pub fn kill_in_pod(&mut self, name: &str) -> Result<()> {
-        self.pod_mut(name)?.process = None;
-        Ok(())
-    }
-
-    /// Starts again what a pod runs, and waits until it answers.
-    pub fn restart_in_pod(&mut self, name: &str) -> Result<()> {
-        let index = self
-            .pods
-            .iter()
-            .position(|pod| pod.plan.name == name)
-            .with_context(|| format!("{name}: no such pod"))?;
-        let pod = &mut self.pods[index];
-        pod.start_process()?;
-        pod.wait_ready(self.topology.machine(pod.plan.node))
-    }
-
-    fn pod_mut(&mut self, name: &str) -> Result<&mut Pod> {
-        self.pods
-            .iter_mut()
-            .find(|pod| pod.plan.name == name)
-            .with_context(|| format!("{name}: no such pod"))
-    }
-
     /// A pod.
     pub fn pod(&self, name: &str) -> Result<&Pod> {
         self.pods
             .iter()
             .find(|pod| pod.plan.name == name)
             .with_context(|| format!("{name}: no such pod"))
-    }
-
-    /// Adds a pod to a lab that stands, as a controller would.
-    pub fn add_pod(&mut self, plan: PodPlan) -> Result<()> {
-        self.start_pod(plan)?;
-        let last = self.pods.last_mut().context("a pod was added")?;
-        last.wait_ready(self.topology.machine(last.plan.node))
-    }
-
-    /// Takes a pod away, as a runtime does: its process, `kun-cni` DEL, its namespace.
-    pub fn remove_pod(&mut self, name: &str) -> Result<()> {
-        let index = self
-            .pods
-            .iter()
-            .position(|pod| pod.plan.name == name)
-            .with_context(|| format!("{name}: no such pod"))?;
-        let mut pod = self.pods.remove(index);
-        pod.process = None;
-        let node = self.node(pod.plan.node.name)?;
-        node.cni(self.topology.machine(pod.plan.node), "DEL", &pod.attachment)
-            .map(drop)
     }
 
     /// The lab's own client pods.
@@ -403,9 +377,15 @@ impl Lab {
 
     /// A client in a pod.
     pub fn client(&self, pod: &Pod) -> Result<Client> {
-        let mut command = Command::new(self.places.program("kun-lab")?);
-        command.arg("client");
-        Client::start(command, &pod.netns, Some(&pod.cgroup))
+        match (&pod.body, &self.ground) {
+            (Some(body), _) => {
+                let mut command = Command::new(self.places.program("kun-lab")?);
+                command.arg("client");
+                Client::start(command, &body.netns, Some(&body.cgroup))
+            }
+            (None, Ground::Cluster(cluster)) => cluster.client(pod),
+            (None, Ground::Played) => anyhow::bail!("{}: nobody runs it", pod.object()),
+        }
     }
 
     /// A client in a namespace that is no pod's.
@@ -417,7 +397,20 @@ impl Lab {
 
     /// What each node owns, by the operator's word.
     pub fn blocks(&self) -> Result<BTreeMap<String, Vec<kun_config::types::BlockId>>> {
-        self.folder.blocks()
+        Ok(folder::blocks(&match &self.ground {
+            Ground::Played => self.folder.objects()?,
+            Ground::Cluster(cluster) => cluster.get("ipamblocks.kun.network")?,
+        }))
+    }
+
+    /// LoadBalancer addresses by `namespace/name`, by the operator's word.
+    pub fn load_balancers(&self) -> Result<BTreeMap<String, Vec<IpAddr>>> {
+        match &self.ground {
+            Ground::Played => Ok(folder::load_balancers(&self.folder.objects()?)),
+            Ground::Cluster(cluster) => {
+                Ok(cluster::objects::load_balancers(&cluster.get("services")?))
+            }
+        }
     }
 
     /// How to look inside, for people.
@@ -425,19 +418,31 @@ impl Lab {
         let mut text = String::from("The lab stands. Look inside:\n");
         let kunctl = self.places.programs.join("kunctl");
         for node in &self.nodes {
+            let door = match &self.ground {
+                Ground::Played => String::new(),
+                Ground::Cluster(_) => format!("{}/enter ", node.directory.display()),
+            };
             text.push_str(&format!(
-                "  {} --config {} status\n",
+                "  {door}{} --config {} status\n",
                 kunctl.display(),
                 node.config().display()
             ));
         }
         for pod in self.clients() {
+            let Some(body) = &pod.body else { continue };
             // The proxy serves whoever is in the pod's cgroup.
             text.push_str(&format!(
                 "  sh -c 'echo $$ > {}/cgroup.procs; exec nsenter --net={} sh'    # in pod {}\n",
-                pod.cgroup.path().display(),
-                pod.netns.path().display(),
+                body.cgroup.path().display(),
+                body.netns.path().display(),
                 pod.object()
+            ));
+        }
+        if let Ground::Cluster(cluster) = &self.ground {
+            text.push_str(&format!(
+                "  {}/kubectl get pods --all-namespaces -o wide    # kubeconfig: {}\n",
+                self.places.directory.display(),
+                cluster.kubeconfig().display()
             ));
         }
         text.push_str(&format!(
@@ -457,7 +462,12 @@ impl Lab {
     }
 
     /// Lets it stand.
-    pub fn keep(self) {
+    pub fn keep(mut self) {
+        if let Ground::Cluster(cluster) = std::mem::replace(&mut self.ground, Ground::Played)
+            && let Err(e) = cluster.keep()
+        {
+            eprintln!("lab: the control plane ends with this program: {e:#}");
+        }
         // Its processes go on: nobody drops them. The lock goes with this process.
         std::mem::forget(self);
     }

@@ -8,6 +8,8 @@ use anyhow::{Result, ensure};
 
 /// Where labs keep their files; lost at reboot, like the namespaces.
 pub const RUN: &str = "/run/kun-lab";
+/// Where labs with a control plane keep what is large.
+pub const STATE: &str = "/var/lib/kun-lab";
 
 /// Namespaces of all labs begin so.
 const NETNS_MARK: &str = "kun-lab-";
@@ -53,9 +55,19 @@ impl LabName {
         Path::new(RUN).join(&self.0)
     }
 
-    /// Its cgroup below the root of the v2 tree.
+    /// What containers, kubelets and etcd keep: images, which a `/run` in memory has no room for.
+    pub fn state(&self) -> PathBuf {
+        Path::new(STATE).join(&self.0)
+    }
+
+    /// Its cgroup's name, in every hierarchy.
+    pub fn cgroup_name(&self) -> String {
+        format!("{NETNS_MARK}{}", self.0)
+    }
+
+    /// Its cgroup below the root of a hierarchy.
     pub fn cgroup(&self, root: &Path) -> PathBuf {
-        root.join(format!("{NETNS_MARK}{}", self.0))
+        root.join(self.cgroup_name())
     }
 }
 
@@ -103,6 +115,16 @@ pub const MACHINES: [Machine; 3] = [
         gateway: true,
     },
 ];
+
+/// Where the control plane runs: a machine of the fabric that is no node.
+pub const CONTROL: Machine = Machine {
+    name: "control",
+    zone: "a",
+    link: 4,
+    asn: 0,
+    schedulable: false,
+    gateway: false,
+};
 
 impl Machine {
     /// The ToR's address on the link.

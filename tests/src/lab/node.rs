@@ -67,8 +67,13 @@ pub struct Node {
 }
 
 impl Node {
-    /// Writes its configuration and makes its directories; nothing runs yet.
-    pub fn prepare(machine: &'static Machine, places: &Places, cgroup: Cgroup) -> Result<Self> {
+    /// Writes its configuration and makes its directories; nothing runs yet. `on_kubernetes`: the agent will be a pod.
+    pub fn prepare(
+        machine: &'static Machine,
+        places: &Places,
+        cgroup: Cgroup,
+        on_kubernetes: bool,
+    ) -> Result<Self> {
         let directory = places.directory.join(machine.name);
         fs::create_dir_all(directory.join("state"))?;
         fs::create_dir_all(places.bpffs().join(machine.name))?;
@@ -79,7 +84,8 @@ impl Node {
             agent: None,
             places: places.clone(),
         };
-        let text = serde_saphyr::to_string(&node.configuration()).context("writing kun.yaml")?;
+        let text = serde_saphyr::to_string(&node.configuration(on_kubernetes))
+            .context("writing kun.yaml")?;
         fs::write(node.config(), text)?;
         Ok(node)
     }
@@ -94,43 +100,38 @@ impl Node {
         self.directory.join("agent.sock")
     }
 
-    fn configuration(&self) -> Value {
+    fn configuration(&self, on_kubernetes: bool) -> Value {
         let machine = self.machine;
-        let mut nat64 = json!({"pref64": [PREF64], "portBlockBits": 10});
+        let mut config = shared_configuration();
+        config["node"] = json!({"name": machine.name, "uplink": "eth0"});
         if machine.gateway {
-            nat64["gateway"] =
+            config["nat64"]["gateway"] =
                 json!({"pool": [NAT64_POOL], "clients": [POD_V6_ONLY, POD_V4], "slice": 0});
         }
-        json!({
-            "node": {"name": machine.name, "uplink": "eth0"},
-            "cluster": {"folder": self.places.cluster()},
-            "ipam": {
-                "podPrefix": POD_PREFIX,
-                "v4Pools": [POD_V4],
-                "v6OnlyPool": POD_V6_ONLY,
-                "defaultClass": "dual",
-                "interfaces": "split",
-                "cooldown": "30s",
-            },
-            "proxy": {
-                "cgroupRoot": self.cgroup.path(),
-                "maxServices": 4096, "maxBackends": 16384, "maxSlots": 65536, "maxFlows": 16384,
-            },
-            "nat64": nat64,
-            "bgp": {
-                "enabled": true,
-                "asn": machine.asn,
-                "routerId": machine.v4(),
-                "peers": [{"name": "tor", "address": machine.tor_v6(), "asn": TOR_ASN, "source": machine.v6(), "hold": "9s"}],
-            },
-            "agent": {
+        config["proxy"] = json!({
+            "cgroupRoot": self.cgroup.path(),
+            "maxServices": 4096, "maxBackends": 16384, "maxSlots": 65536, "maxFlows": 16384,
+        });
+        config["bgp"] = json!({
+            "enabled": true,
+            "asn": machine.asn,
+            "routerId": machine.v4(),
+            "peers": [{"name": "tor", "address": machine.tor_v6(), "asn": TOR_ASN, "source": machine.v6(), "hold": "9s"}],
+        });
+        if on_kubernetes {
+            // Files and sockets are where every machine has them: this one has its own.
+            config["cluster"] = json!({"kubernetes": {}});
+        } else {
+            config["cluster"] = json!({"folder": self.places.cluster()});
+            config["agent"] = json!({
                 "stateDir": self.directory.join("state"),
                 "socket": self.socket(),
                 "bpffsRoot": self.places.bpffs().join(machine.name),
                 "metrics": "[::1]:9466",
                 "log": "info",
-            },
-        })
+            });
+        }
+        config
     }
 
     /// Starts the agent and waits until its socket answers.
@@ -171,6 +172,21 @@ impl Node {
     pub fn kill_agent(&mut self) {
         self.agent = None;
     }
+}
+
+/// What every program of the cluster must agree on.
+pub fn shared_configuration() -> Value {
+    json!({
+        "ipam": {
+            "podPrefix": POD_PREFIX,
+            "v4Pools": [POD_V4],
+            "v6OnlyPool": POD_V6_ONLY,
+            "defaultClass": "dual",
+            "interfaces": "split",
+            "cooldown": "30s",
+        },
+        "nat64": {"pref64": [PREF64], "portBlockBits": 10},
+    })
 }
 
 /// The last line of a log, for the one line that a person gets.

@@ -15,7 +15,7 @@ use super::names::{
     WEB_V4,
 };
 use super::outside::{TorRoute, tor_routes};
-use super::pod::{Pod, has_no_ipv4};
+use super::pod::Pod;
 use super::report::{Line, Report};
 use super::server::Hello;
 use super::{Lab, OWN_NAMESPACE};
@@ -60,18 +60,17 @@ pub fn probe(lab: &Lab, step: &mut dyn FnMut(&str)) -> Result<Report> {
     let mut report = Report::default();
     step("routes at the ToR");
     report.lines.extend(tor(lab, settled_by)?);
-    step("pods without IPv4");
-    report.lines.push(islands(lab));
     let mut parts: Vec<(Client, Vec<Probe<'_>>)> = Vec::new();
     for pod in lab.clients() {
         let mut probes = pod_to_pod(lab, pod);
         probes.extend(by_name(lab, pod));
         if pod.plan.v6_only() {
+            probes.push(without_ipv4(pod));
             probes.extend(to_ipv4_world()?);
         }
         parts.push((lab.client(pod)?, probes));
     }
-    let virtual_addresses = lab.folder.load_balancers()?;
+    let virtual_addresses = lab.load_balancers()?;
     let outsiders = [(&lab.topology.internet, false), (&lab.topology.tor, true)];
     for (netns, v6) in outsiders {
         parts.push((
@@ -124,7 +123,14 @@ fn run(parts: Vec<(Client, Vec<Probe<'_>>)>, settled_by: Instant) -> Vec<Line> {
 }
 
 fn order(what: &str) -> usize {
-    const ORDER: [&str; 5] = ["pod →", "cluster DNS", "service", "IPv6-only", "outside"];
+    const ORDER: [&str; 6] = [
+        "IPv6-only pods have",
+        "pod →",
+        "cluster DNS",
+        "service",
+        "IPv6-only",
+        "outside",
+    ];
     ORDER
         .iter()
         .position(|start| what.starts_with(start))
@@ -162,7 +168,8 @@ fn pod_to_pod<'a>(lab: &'a Lab, from: &'a Pod) -> Vec<Probe<'a>> {
                 .plan
                 .ports
                 .iter()
-                .find(|p| p.protocol == "TCP" && p.container_port != 53);
+                // The DNS servers answer as DNS servers do.
+                .find(|p| p.protocol == "TCP" && to.plan.namespace != "kube-system");
             let Some(port) = port.map(|p| p.container_port) else {
                 continue;
             };
@@ -362,20 +369,24 @@ fn refused(client: &mut Client, to: SocketAddr) -> Result<String> {
     }
 }
 
-fn islands(lab: &Lab) -> Line {
-    let mut line = Line::new("IPv6-only pods have no IPv4 address", "");
-    for pod in lab.clients().filter(|pod| pod.plan.v6_only()) {
-        line.count(match has_no_ipv4(&pod.netns) {
-            Ok(true) => Ok(pod
-                .addresses
-                .first()
-                .map(IpAddr::to_string)
-                .unwrap_or_default()),
-            Ok(false) => Err(format!("{}: it has one", pod.object())),
-            Err(e) => Err(format!("{}: {e:#}", pod.object())),
-        });
+fn without_ipv4<'a>(pod: &'a Pod) -> Probe<'a> {
+    Probe {
+        key: ("IPv6-only pods have no IPv4 address".to_owned(), ""),
+        make: Box::new(move |client| {
+            let told = ask(client, &Ask::OwnV4)?;
+            let none = Told::Addresses { addresses: vec![] };
+            ensure!(told == none, "{}: it has {told:?}", pod.object());
+            ensure!(
+                pod.addresses.iter().all(IpAddr::is_ipv6),
+                "{}: its status shows {:?}",
+                pod.object(),
+                pod.addresses
+            );
+            Ok(pod
+                .address(true)
+                .map_or_else(String::new, |ip| ip.to_string()))
+        }),
     }
-    line
 }
 
 /// The Pref64 address of an IPv4 address (RFC 6052 §2.2, /96).
@@ -563,7 +574,7 @@ fn wanted_routes(lab: &Lab) -> Result<Vec<Wanted>> {
             }
         }
     }
-    let virtual_addresses = lab.folder.load_balancers()?;
+    let virtual_addresses = lab.load_balancers()?;
     for service in lab
         .services
         .iter()

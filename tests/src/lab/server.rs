@@ -3,6 +3,7 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -22,6 +23,7 @@ pub struct Hello {
 
 /// Serves until killed.
 pub fn serve(name: &str, tcp: &[u16], udp: &[u16]) -> Result<()> {
+    end_on_signal()?;
     let mut threads = Vec::new();
     for &port in tcp {
         let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
@@ -52,12 +54,62 @@ pub fn serve(name: &str, tcp: &[u16], udp: &[u16]) -> Result<()> {
     Ok(())
 }
 
+/// The path by which a kubelet learns whether the pod is ready.
+pub const READY_PATH: &str = "/ready";
+const READY: &str = "GET /ready ";
+
+/// The pod was told to end.
+static ENDING: AtomicBool = AtomicBool::new(false);
+
+/// After a pod is told to end, it says that it is not ready, and serves on for so long: by then the kubelet has asked, every node
+/// has heard, and nobody sends it anything. Whoever stops at once refuses what comes from nodes that have not heard yet.
+const SERVES_ON: Duration = Duration::from_secs(5);
+
+/// Ends the process some time after SIGTERM. The first process of a container gets no signal that it does not ask for.
+fn end_on_signal() -> Result<()> {
+    on_signal(|| {
+        ENDING.store(true, Ordering::Relaxed);
+        std::thread::sleep(SERVES_ON);
+    })
+}
+
+/// Holds a pod's namespaces until SIGTERM.
+pub fn pause() -> Result<()> {
+    on_signal(|| {})?;
+    loop {
+        std::thread::park();
+    }
+}
+
+fn on_signal(then: impl FnOnce() + Send + 'static) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let mut terminate = {
+        let _guard = runtime.enter();
+        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?
+    };
+    std::thread::spawn(move || {
+        runtime.block_on(terminate.recv());
+        then();
+        std::process::exit(0);
+    });
+    Ok(())
+}
+
 /// One connection: requests until the peer closes.
 fn answer(stream: TcpStream, name: &str) -> io::Result<()> {
     let peer = canonical(stream.peer_addr()?);
     let mut writer = stream.try_clone()?;
     let mut reader = BufReader::new(stream);
-    while read_head(&mut reader)? {
+    while let Some(request) = read_head(&mut reader)? {
+        if request.starts_with(READY) && ENDING.load(Ordering::Relaxed) {
+            write!(
+                writer,
+                "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
+            )?;
+            continue;
+        }
         let body = serde_json::to_string(&Hello {
             pod: name.to_owned(),
             peer: peer.to_string(),
@@ -71,21 +123,21 @@ fn answer(stream: TcpStream, name: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// `false` at the end of the stream.
-fn read_head(reader: &mut impl BufRead) -> io::Result<bool> {
-    let mut any = false;
+/// The request line; `None` at the end of the stream.
+fn read_head(reader: &mut impl BufRead) -> io::Result<Option<String>> {
+    let mut request = String::new();
     loop {
         let mut line = String::new();
         if reader.take(LARGEST_ANSWER).read_line(&mut line)? == 0 {
-            return Ok(false);
+            return Ok(None);
         }
         if line.trim_end().is_empty() {
-            if any {
-                return Ok(true);
+            if !request.is_empty() {
+                return Ok(Some(request));
             }
-            continue;
+        } else if request.is_empty() {
+            request = line;
         }
-        any = true;
     }
 }
 

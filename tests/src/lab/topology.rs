@@ -4,7 +4,8 @@ use anyhow::{Context, Result};
 use kun_harness::{Netns, veth};
 
 use super::names::{
-    DNS_V4, INTERNET_V4, LabName, MACHINES, Machine, TOR_INTERNET_V4, TOR_OUTSIDE_V6, WEB_V4,
+    CONTROL, DNS_V4, INTERNET_V4, LabName, MACHINES, Machine, TOR_INTERNET_V4, TOR_OUTSIDE_V6,
+    WEB_V4,
 };
 
 /// The namespaces, left standing when this drops: [`super::down`] removes them by name.
@@ -16,11 +17,13 @@ pub struct Topology {
     pub internet: Netns,
     /// Nodes and gateway, in the order of [`MACHINES`].
     pub machines: Vec<Netns>,
+    /// Where a control plane runs, if there is one.
+    pub control: Option<Netns>,
 }
 
 impl Topology {
     /// Makes everything up to layer 3; routes between machines are BGP's.
-    pub fn build(name: &LabName) -> Result<Self> {
+    pub fn build(name: &LabName, with_control: bool) -> Result<Self> {
         let tor = router(name, "tor")?;
         // Flows hash over addresses and ports, so that several nodes share a virtual address.
         tor.sysctl("net.ipv4.fib_multipath_hash_policy", "1")?;
@@ -29,11 +32,16 @@ impl Topology {
         for machine in &MACHINES {
             machines.push(build_machine(name, &tor, machine)?);
         }
+        let control = match with_control {
+            true => Some(build_machine(name, &tor, &CONTROL)?),
+            false => None,
+        };
         let internet = build_internet(name, &tor)?;
         Ok(Self {
             tor,
             internet,
             machines,
+            control,
         })
     }
 
@@ -41,13 +49,6 @@ impl Topology {
     pub fn machine(&self, machine: &Machine) -> &Netns {
         let index = MACHINES.iter().position(|m| m.name == machine.name);
         &self.machines[index.expect("every machine is in MACHINES")]
-    }
-
-    /// Lets everything stand when this is forgotten.
-    pub fn keep(self) {
-        self.tor.keep();
-        self.internet.keep();
-        self.machines.into_iter().for_each(Netns::keep);
     }
 }
 

@@ -111,6 +111,7 @@ fn build(wanted: &[&Item], directory: &Path) -> Result<()> {
         println!("peers: {} of {} are built", wanted.len(), wanted.len());
         return Ok(());
     }
+    sweep(directory);
     let go = Go::find_or_install()?;
     println!("peers: {} builds {}", go.describe(), directory.display());
     for (index, item) in missing.iter().enumerate() {
@@ -142,6 +143,17 @@ fn build(wanted: &[&Item], directory: &Path) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Removes what builds that were killed have left.
+fn sweep(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let maker = name.to_str().and_then(|name| name.strip_prefix("new-"));
+        if maker.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 /// Moves what was built to where it belongs, then stamps it; gives its size.

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::check::{Checked, Rule, attach};
-use super::text::{HttpPath, LabelKey, Moment, Text};
+use super::text::{HttpPath, LabelKey, LabelValue, Moment, Text};
 use crate::IpFamily;
 
 /// The families of addresses.
@@ -39,7 +39,6 @@ impl From<IpFamily> for Family {
 }
 
 /// The family of an address.
-#[allow(dead_code)]
 pub(super) fn family(address: &Text<IpAddr>) -> Family {
     IpFamily::of(address.0).into()
 }
@@ -51,8 +50,8 @@ pub(super) fn family(address: &Text<IpAddr>) -> Family {
 pub struct LabelSelector {
     /// Labels that an object must have, each with its value.
     #[serde(default)]
-    #[schemars(extend("maxProperties" = 32), inner(length(max = 63)))]
-    pub match_labels: BTreeMap<String, String>,
+    #[schemars(extend("maxProperties" = 32))]
+    pub match_labels: BTreeMap<String, Text<LabelValue>>,
     /// Requirements that an object must fulfil, all of them.
     #[serde(default)]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "atomic"))]
@@ -69,8 +68,8 @@ pub struct Requirement {
     pub operator: Operator,
     /// The values, for `In` and `NotIn`.
     #[serde(default)]
-    #[schemars(length(max = 64), inner(length(max = 63)), extend("x-kubernetes-list-type" = "atomic"))]
-    pub values: Vec<String>,
+    #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "atomic"))]
+    pub values: Vec<Text<LabelValue>>,
 }
 
 /// What a requirement asks.
@@ -100,8 +99,10 @@ impl Checked for Requirement {
 impl LabelSelector {
     /// Whether an object with these labels is selected.
     pub fn matches(&self, labels: &BTreeMap<Arc<str>, Arc<str>>) -> bool {
-        let has = |key: &String, value: &String| labels.get(&**key).is_some_and(|v| **v == **value);
-        self.match_labels.iter().all(|(key, value)| has(key, value))
+        let has = |(key, value): (&String, &Text<LabelValue>)| {
+            labels.get(&**key).is_some_and(|v| **v == *value.as_str())
+        };
+        self.match_labels.iter().all(has)
             && self.match_expressions.iter().all(|r| r.matches(labels))
     }
 }
@@ -109,7 +110,7 @@ impl LabelSelector {
 impl Requirement {
     fn matches(&self, labels: &BTreeMap<Arc<str>, Arc<str>>) -> bool {
         let value = labels.get(self.key.as_str());
-        let listed = value.is_some_and(|value| self.values.iter().any(|v| **v == **value));
+        let listed = value.is_some_and(|value| self.values.iter().any(|v| *v.as_str() == **value));
         match self.operator {
             Operator::In => listed,
             Operator::NotIn => !listed,
@@ -241,7 +242,14 @@ pub(super) fn one_of(there: &[bool]) -> bool {
 }
 
 /// `true`, for serde.
-#[allow(dead_code)]
 pub(super) fn yes() -> bool {
     true
+}
+
+/// A unicast address.
+pub(super) fn is_host(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(a) => !(a.is_unspecified() || a.is_multicast() || a.is_broadcast()),
+        IpAddr::V6(a) => !(a.is_unspecified() || a.is_multicast()),
+    }
 }

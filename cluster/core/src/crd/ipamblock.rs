@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use super::check::{Rule, Step};
 use super::common::Condition;
 use super::text::{FirstSlot, Name, Text, Uid};
-use super::{Column, Custom, Resource};
+use super::{Column, Custom, Spec};
 use crate::Object;
 
 /// A block and its owner.
@@ -119,7 +119,7 @@ pub fn block_name(block: BlockId) -> String {
     format!("block-{}", block.first().to_string().replace('.', "-"))
 }
 
-impl Resource for IpamBlockSpec {
+impl Spec for IpamBlockSpec {
     type Status = IpamBlockStatus;
     const KIND: &'static str = "IPAMBlock";
     const PLURAL: &'static str = "ipamblocks";
@@ -174,13 +174,6 @@ impl Resource for IpamBlockSpec {
         },
     ];
     const STEPS: &'static [Step<IpamBlock>] = &[
-        Step {
-            cel: "self.spec.first == oldSelf.spec.first",
-            holds: |old, new| old.spec.first == new.spec.first,
-            field: ".spec.first",
-            wrong: "another block than before",
-            right: "make an object of its own for another block",
-        },
         Step {
             cel: "self.spec.epoch >= oldSelf.spec.epoch",
             holds: |old, new| new.spec.epoch >= old.spec.epoch,

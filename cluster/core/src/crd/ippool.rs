@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::check::{Checked, Rule, Step, attach};
 use super::common::{Condition, LabelSelector};
 use super::text::{Server, Text, Written};
-use super::{Column, Custom, Resource};
+use super::{Column, Custom, Spec};
 use crate::Object;
 
 /// A range that is cut into blocks of 64 slots: an IPv4 prefix of /26 or larger. Outside 240.0.0.0/4 its slots are *dual*, inside
@@ -177,7 +177,7 @@ impl IpPool {
     }
 }
 
-impl Resource for IpPoolSpec {
+impl Spec for IpPoolSpec {
     type Status = IpPoolStatus;
     const KIND: &'static str = "IPPool";
     const PLURAL: &'static str = "ippools";

@@ -5,7 +5,8 @@ use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
 use super::check::{CHECK, VALIDATIONS, validation};
-use super::{Column, GROUP, Resource, VERSION};
+use super::{Column, Spec};
+use crate::{KUN_GROUP, KUN_VERSION};
 
 /// The schema of a type, structural, still with the names of its checks.
 pub(super) fn schema<T: JsonSchema>() -> Value {
@@ -32,18 +33,11 @@ fn structural(schema: &mut Value) {
     names(fields);
     fields.remove("$schema");
     fields.remove("title");
-    // Bounds say what these say, and the server knows only the signed ones.
     if fields.get("type") == Some(&json!("integer")) {
-        fields.remove("format");
+        bounds(fields);
     }
-    let is_empty = |value: &Value| match value {
-        Value::Null => true,
-        Value::Array(items) => items.is_empty(),
-        Value::Object(fields) => fields.is_empty(),
-        _ => false,
-    };
-    if fields.get("default").is_some_and(is_empty) {
-        fields.remove("default");
+    if let Some(default) = fields.remove("default").and_then(said) {
+        fields.insert("default".to_owned(), default);
     }
     if let Some(Value::String(text)) = fields.get_mut("description") {
         // Lines of a source file are no lines of a text.
@@ -59,6 +53,35 @@ fn structural(schema: &mut Value) {
         if let Some(schema) = fields.get_mut(below) {
             structural(schema);
         }
+    }
+}
+
+/// The server knows no unsigned formats, and bounds say the same.
+fn bounds(fields: &mut Map<String, Value>) {
+    let (least, most): (i64, i64) = match fields.remove("format").as_ref().and_then(Value::as_str) {
+        Some("uint8") => (0, u8::MAX.into()),
+        Some("uint16") => (0, u16::MAX.into()),
+        Some("uint32") => (0, u32::MAX.into()),
+        Some("int32") => (i32::MIN.into(), i32::MAX.into()),
+        _ => return,
+    };
+    fields.entry("minimum").or_insert(json!(least));
+    fields.entry("maximum").or_insert(json!(most));
+}
+
+/// What of a default says something: absent, the rest is the same.
+fn said(default: Value) -> Option<Value> {
+    match default {
+        Value::Null => None,
+        Value::Array(items) => (!items.is_empty()).then_some(Value::Array(items)),
+        Value::Object(fields) => {
+            let fields = fields.into_iter();
+            let fields: Map<_, _> = fields
+                .filter_map(|(key, value)| Some((key, said(value)?)))
+                .collect();
+            (!fields.is_empty()).then_some(Value::Object(fields))
+        }
+        other => Some(other),
     }
 }
 
@@ -145,7 +168,7 @@ fn column(column: &Column) -> Value {
 }
 
 /// The CustomResourceDefinition of a kind.
-pub(super) fn manifest<S: Resource>() -> Value {
+pub(super) fn manifest<S: Spec>() -> Value {
     let rules = S::RULES
         .iter()
         .map(|r| validation(r.cel, r.field, r.wrong, r.right));
@@ -165,7 +188,7 @@ pub(super) fn manifest<S: Resource>() -> Value {
         "type": "object",
         "required": ["spec"],
         "properties": {
-            "apiVersion": {"type": "string", "description": format!("{GROUP}/{VERSION}")},
+            "apiVersion": {"type": "string", "description": format!("{KUN_GROUP}/{KUN_VERSION}")},
             "kind": {"type": "string", "description": S::KIND},
             "metadata": {"type": "object"},
             "spec": committed(schema::<S>()),
@@ -176,7 +199,7 @@ pub(super) fn manifest<S: Resource>() -> Value {
         root[VALIDATIONS] = json!(rules);
     }
     let mut version = json!({
-        "name": VERSION,
+        "name": KUN_VERSION,
         "served": true,
         "storage": true,
         "subresources": {"status": {}},
@@ -190,9 +213,9 @@ pub(super) fn manifest<S: Resource>() -> Value {
     json!({
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": format!("{}.{GROUP}", S::PLURAL)},
+        "metadata": {"name": format!("{}.{KUN_GROUP}", S::PLURAL)},
         "spec": {
-            "group": GROUP,
+            "group": KUN_GROUP,
             "scope": if S::NAMESPACED { "Namespaced" } else { "Cluster" },
             "names": {
                 "kind": S::KIND,

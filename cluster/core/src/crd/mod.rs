@@ -15,32 +15,40 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::{Kind, Meta, Object};
+use crate::{KUN_GROUP, KUN_VERSION, Meta, Object, Resource};
 
+mod bgp;
+mod bgpadvertisement;
+mod bgppeer;
+mod bgprouteaffinity;
+mod bgpsession;
+mod brakeoverride;
 mod check;
 mod common;
 mod ipamblock;
 mod ippool;
+mod kunservice;
 mod manifest;
 mod shape;
 mod text;
 mod walk;
 
+pub use bgp::*;
+pub use bgpadvertisement::*;
+pub use bgppeer::*;
+pub use bgprouteaffinity::*;
+pub use bgpsession::*;
+pub use brakeoverride::*;
 pub use check::{Broken, Checked, Rule, Step};
 pub use common::*;
 pub use ipamblock::*;
 pub use ippool::*;
+pub use kunservice::*;
 pub use text::*;
 pub use walk::Unknown;
 
 use check::{Check, broken, broken_steps};
 use shape::Shape;
-
-/// The group of kun's kinds.
-pub const GROUP: &str = "kun.network";
-
-/// Their version.
-pub const VERSION: &str = "v1alpha1";
 
 /// Every type with checks, by the name that its schema carries.
 static CHECKS: &[Check] = &[
@@ -53,17 +61,38 @@ static CHECKS: &[Check] = &[
     Check::of_text::<FirstSlot>(),
     Check::of_text::<PodRange>(),
     Check::of_text::<Name>(),
+    Check::of_text::<Label>(),
     Check::of_text::<InterfaceName>(),
     Check::of_text::<LabelKey>(),
+    Check::of_text::<LabelValue>(),
     Check::of_text::<Uid>(),
     Check::of_text::<HostName>(),
     Check::of_text::<HttpPath>(),
     Check::of_text::<UserName>(),
     Check::of_text::<Signature>(),
     Check::of_text::<Moment>(),
+    Check::of_text::<Community>(),
+    Check::of_text::<LargeCommunity>(),
+    Check::of::<Asn>(),
     Check::of::<Requirement>(),
     Check::of::<Probe>(),
     Check::of::<IpPoolSpec>(),
+    Check::of::<BgpPeerSpec>(),
+    Check::of::<Auth>(),
+    Check::of::<Timers>(),
+    Check::of::<Ttl>(),
+    Check::of::<ImportPrefix>(),
+    Check::of::<Drain>(),
+    Check::of::<BgpAdvertisementSpec>(),
+    Check::of::<RouteSource>(),
+    Check::of::<Aggregate>(),
+    Check::of::<BgpRouteAffinitySpec>(),
+    Check::of::<KunServiceSpec>(),
+    Check::of::<Backend>(),
+    Check::of::<ExternalBackend>(),
+    Check::of::<Zone>(),
+    Check::of::<BrakeOverrideSpec>(),
+    Check::of::<BrakeScope>(),
 ];
 
 /// An object of one of kun's kinds.
@@ -109,8 +138,8 @@ impl Column {
     }
 }
 
-/// A kind: the type of its spec says everything about it.
-pub trait Resource: DeserializeOwned + Serialize + JsonSchema + Clone + 'static {
+/// The spec of one of kun's kinds: the type says everything about the kind.
+pub trait Spec: DeserializeOwned + Serialize + JsonSchema + Clone + 'static {
     /// The type of its status.
     type Status: DeserializeOwned + Serialize + JsonSchema + Clone + 'static;
     /// Name.
@@ -140,12 +169,8 @@ pub trait Resource: DeserializeOwned + Serialize + JsonSchema + Clone + 'static 
 
 /// A kind without its type.
 pub struct Definition {
-    /// Name.
-    pub kind: &'static str,
-    /// As it stands in a path of the API.
-    pub plural: &'static str,
-    /// Whether its objects live in namespaces.
-    pub namespaced: bool,
+    /// How it is called in the API.
+    pub resource: Resource,
     manifest: fn() -> Value,
     read: fn(&'static Shapes, &Fields<'_, '_>, Meta, How) -> Option<Object>,
     broken_steps: fn(&Object, &Object) -> Vec<Broken>,
@@ -155,7 +180,7 @@ pub struct Definition {
 impl fmt::Debug for Definition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Definition")
-            .field("kind", &self.kind)
+            .field("resource", &self.resource)
             .finish_non_exhaustive()
     }
 }
@@ -195,11 +220,9 @@ impl How {
 }
 
 impl Definition {
-    const fn of<S: Resource>() -> Self {
+    const fn of<S: Spec>() -> Self {
         Self {
-            kind: S::KIND,
-            plural: S::PLURAL,
-            namespaced: S::NAMESPACED,
+            resource: Resource::of_spec::<S>(),
             manifest: manifest::manifest::<S>,
             read: read::<S>,
             broken_steps: steps::<S>,
@@ -227,18 +250,24 @@ impl Definition {
 }
 
 /// All kinds, by name.
-pub static DEFINITIONS: [Definition; 2] = [
+pub static DEFINITIONS: [Definition; 8] = [
+    Definition::of::<BgpAdvertisementSpec>(),
+    Definition::of::<BgpPeerSpec>(),
+    Definition::of::<BgpRouteAffinitySpec>(),
+    Definition::of::<BgpSessionSpec>(),
+    Definition::of::<BrakeOverrideSpec>(),
     Definition::of::<IpamBlockSpec>(),
     Definition::of::<IpPoolSpec>(),
+    Definition::of::<KunServiceSpec>(),
 ];
 
 /// The kind of this name.
 pub fn definition(kind: &str) -> Option<&'static Definition> {
-    DEFINITIONS.iter().find(|d| d.kind == kind)
+    DEFINITIONS.iter().find(|d| d.resource.kind == kind)
 }
 
 /// Reads `spec` and `status`, then checks the object as a whole. The other fields of the top are the caller's.
-fn read<S: Resource>(
+fn read<S: Spec>(
     shapes: &'static Shapes,
     f: &Fields<'_, '_>,
     meta: Meta,
@@ -280,7 +309,7 @@ fn typed<T: DeserializeOwned>(value: Value, at: &Cursor<'_, '_>) -> Option<T> {
     }
 }
 
-fn steps<S: Resource>(old: &Object, new: &Object) -> Vec<Broken> {
+fn steps<S: Spec>(old: &Object, new: &Object) -> Vec<Broken> {
     match (S::of(old), S::of(new)) {
         (Some(old), Some(new)) => broken_steps(S::STEPS, &**old, &**new),
         _ => Vec::new(),
@@ -289,14 +318,14 @@ fn steps<S: Resource>(old: &Object, new: &Object) -> Vec<Broken> {
 
 /// What the change from `old` to `new` breaks, for objects of any kind: those of Kubernetes are the API server's business.
 pub fn broken_by_change(old: &Object, new: &Object) -> Vec<Broken> {
-    let of_kind = |kind: Kind| DEFINITIONS.iter().find(|d| d.kind == kind.name());
-    of_kind(new.kind()).map_or_else(Vec::new, |d| d.broken_steps(old, new))
+    let definition = definition(Resource::of(new.kind()).kind);
+    definition.map_or_else(Vec::new, |d| d.broken_steps(old, new))
 }
 
 /// An object as JSON, to be sent to the API server or written to a file: without the fields that have no value.
-pub fn to_json<S: Resource>(namespace: Option<&str>, name: &str, spec: &S) -> Value {
+pub fn to_json<S: Spec>(namespace: Option<&str>, name: &str, spec: &S) -> Value {
     let mut object = json!({
-        "apiVersion": format!("{GROUP}/{VERSION}"),
+        "apiVersion": format!("{KUN_GROUP}/{KUN_VERSION}"),
         "kind": S::KIND,
         "metadata": {"name": name},
         "spec": without_nulls(json!(spec)),
@@ -308,7 +337,7 @@ pub fn to_json<S: Resource>(namespace: Option<&str>, name: &str, spec: &S) -> Va
 }
 
 /// A status as JSON, to be sent as the `status` of a patch of the status.
-pub fn status_to_json<S: Resource>(status: &S::Status) -> Value {
+pub fn status_to_json<S: Spec>(status: &S::Status) -> Value {
     without_nulls(json!(status))
 }
 

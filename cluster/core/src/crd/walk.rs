@@ -35,7 +35,10 @@ pub(super) fn walk(c: &Cursor<'_, '_>, shape: &'static Shape, unknown: Unknown) 
         }
         What::Text { least, most } => {
             let text = text(c)?;
-            within(c, text.chars().count(), *least, *most, "characters").then(|| text.into())?
+            // A text with a check has a length of its own, and a better word for it.
+            let fits = shape.check.is_some()
+                || within(c, text.chars().count(), *least, *most, "characters");
+            fits.then(|| text.into())?
         }
         What::Word { words } => {
             let text = text(c)?;
@@ -101,10 +104,11 @@ fn object(c: &Cursor<'_, '_>, fields: &'static [Field], unknown: Unknown) -> Opt
             },
             None if field.required => {
                 let name = &field.name;
-                c.fault(
-                    format_args!("the field `{name}` is missing"),
-                    format_args!("write {}", field.shape.about),
-                );
+                let belongs = match &field.shape.what {
+                    What::Flag => "write true or false".to_owned(),
+                    _ => format!("write {}", field.shape.about),
+                };
+                c.fault(format_args!("the field `{name}` is missing"), belongs);
                 right = false;
             }
             None => {}
@@ -123,7 +127,8 @@ fn map(c: &Cursor<'_, '_>, values: &'static Shape, most: usize, unknown: Unknown
     }
     let mut map = Map::new();
     let mut right = true;
-    for (key, c) in c.pairs() {
+    // An entry without a value is none, as a field is.
+    for (key, c) in c.pairs().filter(|(_, c)| !matches!(c.value(), Tree::Null)) {
         match walk(&c, values, unknown) {
             Some(value) => drop(map.insert(key.to_owned(), value)),
             None => right = false,
@@ -160,25 +165,24 @@ fn within(c: &Cursor<'_, '_>, n: usize, least: usize, most: usize, of: &str) -> 
 }
 
 fn are_unique(c: &Cursor<'_, '_>, items: &Shape, unique: &Unique, list: &[Value]) -> bool {
+    let plain = |value: &Value| match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
     let key_of = |value: &Value| match unique {
         Unique::No => None,
-        Unique::Value => Some(value.to_string()),
+        Unique::Value => Some(plain(value)),
         Unique::Keys(keys) => {
             let What::Object { fields } = &items.what else {
                 return None;
             };
             let of = |key: &String| {
-                let default = fields
-                    .iter()
-                    .find(|f| f.name == *key)
-                    .and_then(|f| f.default.as_ref());
-                value
-                    .get(key)
-                    .or(default)
-                    .map(Value::to_string)
-                    .unwrap_or_default()
+                let field = fields.iter().find(|f| f.name == *key);
+                let default = field.and_then(|f| f.default.as_ref());
+                let value = value.get(key).or(default).map(plain).unwrap_or_default();
+                format!("{key} {value}")
             };
-            Some(keys.iter().map(of).collect::<Vec<_>>().join(" "))
+            Some(keys.iter().map(of).collect::<Vec<_>>().join(", "))
         }
     };
     let mut seen = BTreeSet::new();
@@ -187,7 +191,7 @@ fn are_unique(c: &Cursor<'_, '_>, items: &Shape, unique: &Unique, list: &[Value]
         if let Some(key) = key_of(value)
             && !seen.insert(key.clone())
         {
-            c.fault(format_args!("a second {key}"), "keep one of them");
+            c.fault(format_args!("a second `{key}`"), "keep one of them");
             right = false;
         }
     }

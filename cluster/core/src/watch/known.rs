@@ -355,9 +355,18 @@ mod tests {
         for (i, a) in prints.iter().enumerate() {
             assert!(prints[..i].iter().all(|b| a != b), "{i}");
         }
-        let uids = ["00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002", "u1", "u2", ""];
+        let uids = [
+            "00000000-0000-4000-8000-000000000001",
+            "00000000-0000-4000-8000-000000000002",
+            "u1",
+            "u2",
+            "",
+        ];
         for (i, a) in uids.iter().enumerate() {
-            assert!(uids[..i].iter().all(|b| uid_print(a) != uid_print(b)), "{i}");
+            assert!(
+                uids[..i].iter().all(|b| uid_print(a) != uid_print(b)),
+                "{i}"
+            );
         }
     }
 

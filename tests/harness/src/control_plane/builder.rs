@@ -91,7 +91,7 @@ impl Builder {
         self
     }
 
-    /// Starts it; returns when the API server and the controllers answer: three to six seconds on two idle cores.
+    /// Starts it; returns when the API server and the controllers answer, which takes about four CPU seconds.
     pub fn start(self) -> Result<ControlPlane> {
         names::sweep_once();
         let own = self.dir.is_none();

@@ -115,7 +115,7 @@ fn best(context: &Context, source: &str, path: &Path) -> anyhow::Result<Followed
 pub fn follow(source: &str, path: &Path) -> anyhow::Result<Followed> {
     let (begin, cpu) = (Instant::now(), cpu_time());
     let source = match source {
-        "folder" => Source::Folder(FolderSource::open(path)?),
+        "folder" => Source::Folder(Box::new(FolderSource::open(path)?)),
         _ => Source::Api(ApiSource::open(Some(path))?),
     };
     let (sender, events) = std::sync::mpsc::sync_channel(1);
