@@ -92,12 +92,15 @@ fn commands_name_programs_of_the_image_and_flags_that_they_have() {
 
 #[test]
 fn configurations_are_right() {
-    let corefile = deploy().join("base/Corefile");
-    let corefile = corefile.to_str().unwrap();
-    let all = files("/kun.yaml");
-    assert!(all.len() >= 5, "{all:?}");
-    for file in all {
-        let path = file.to_str().unwrap();
+    let (all, corefiles) = (files("/kun.yaml"), files("/Corefile"));
+    assert!(
+        all.len() >= 5 && corefiles.len() >= 2,
+        "{all:?} {corefiles:?}"
+    );
+    // Each with each of the others would show nothing more.
+    let other = corefiles.iter().cycle();
+    for (file, corefile) in all.iter().zip(other) {
+        let (path, corefile) = (file.to_str().unwrap(), corefile.to_str().unwrap());
         for name in ["kun-proxy", "kun-cni", "kun-operator", "kun-dns"] {
             let Some(program) = program(name) else {
                 return;
