@@ -133,7 +133,7 @@ fn a_damaged_memory_is_not_overwritten() {
     let error = once(dir.path()).expect_err("refused").to_string();
     assert!(
         error.contains(
-            "ipam-blocks.yaml:8:10: spec.first: 10.64.0.1 is not a multiple of 64; write 10.64.0.0"
+            "ipam-blocks.yaml:8:10: spec.first: `10.64.0.1` is not the first slot of a block: an IPv4 address that is a multiple of 64; write 10.64.0.0"
         ),
         "{error}"
     );
