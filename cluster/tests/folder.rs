@@ -373,3 +373,35 @@ fn kinds_of_others_are_counted_not_refused() {
     assert_eq!((manifest.objects.len(), manifest.ignored), (0, 1));
     assert_eq!(Store::new().counts()[0], (Kind::Service, 0));
 }
+
+#[test]
+fn a_change_that_an_api_server_would_refuse_is_refused_here() {
+    let block = |node: &str, epoch: u32| {
+        format!(
+            "apiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {{name: block-10-64-0-0}}\nspec: {{first: 10.64.0.0, node: {node}, epoch: {epoch}}}\n"
+        )
+    };
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("block.yaml");
+    write_atomically(&path, &block("a", 1));
+    let mut seen = Seen::follow(dir.path());
+    let owner = |seen: &Seen| {
+        let blocks: Vec<String> = seen.store.blocks().map(|b| b.node().to_string()).collect();
+        blocks.join(" ")
+    };
+    assert_eq!(owner(&seen), "a");
+
+    write_atomically(&path, &block("b", 1));
+    assert_eq!(
+        seen.next_trouble(),
+        format!(
+            "{}:1:1: spec.epoch: another owner in the same epoch; write a higher epoch with each new owner (its 1 last good objects stay in force)",
+            path.display()
+        )
+    );
+    assert_eq!(owner(&seen), "a");
+
+    write_atomically(&path, &block("b", 2));
+    assert_eq!(seen.next_deltas(), ["+block-10-64-0-0"]);
+    assert_eq!(owner(&seen), "b");
+}

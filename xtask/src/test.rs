@@ -28,7 +28,13 @@ const PARTS: &[(&str, &[&str])] = &[
     ("bgp", &["kun-bgp-core", "kun-bgp"]),
     (
         "cluster",
-        &["kun-config", "kun-cluster", "kun-operator", "kun-tests"],
+        &[
+            "kun-config",
+            "kun-cluster-core",
+            "kun-cluster",
+            "kun-operator",
+            "kun-tests",
+        ],
     ),
 ];
 

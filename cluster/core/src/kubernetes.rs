@@ -2,7 +2,7 @@
 //! what is wrong. Governing: the Kubernetes API types core/v1, discovery.k8s.io/v1; `kun.network/v1alpha1` is ours and refuses
 //! unknown fields.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -10,6 +10,8 @@ use kun_config::Faults;
 use kun_config::yaml::{Cursor, Fields, Node as Tree, Sink, documents, nearest};
 
 use crate::crd::{self, Definition, How, Unknown};
+use crate::interner::Interner;
+use crate::service_address::ServiceAddress;
 use crate::{
     Endpoint, EndpointPort, EndpointSlice, IpFamily, KUN_GROUP, KUN_VERSION, Kind, Lease, Meta,
     Namespace, Node, Object, ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType,
@@ -18,19 +20,6 @@ use crate::{
 
 /// Session affinity without a timeout: three hours (core/v1 ClientIPConfig).
 const AFFINITY_DEFAULT: u32 = 10_800;
-
-/// Strings kept for sharing; namespaces, label keys, node names and zones of 10,000 nodes are below this.
-const MAX_INTERNED: usize = 65_536;
-
-/// ServiceAddress (`kun.network/v1alpha1`): in a folder, where a Service has no status that anybody could patch, the virtual
-/// addresses of the Service of its name. Written by `kun-operator`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServiceAddress {
-    /// The Service's namespace and name.
-    pub meta: Meta,
-    /// spec.addresses: at most one of each family.
-    pub addresses: Vec<IpAddr>,
-}
 
 /// What one file says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -41,24 +30,6 @@ pub struct Manifest {
     pub addresses: Vec<ServiceAddress>,
     /// Objects of kinds that kun does not read.
     pub ignored: usize,
-}
-
-/// Makes equal strings one allocation: ten thousand slices name the same namespace, zones and nodes.
-#[derive(Debug, Default)]
-pub struct Interner(HashSet<Arc<str>>);
-
-impl Interner {
-    pub(crate) fn get(&mut self, text: &str) -> Arc<str> {
-        if let Some(known) = self.0.get(text) {
-            return Arc::clone(known);
-        }
-        if self.0.len() >= MAX_INTERNED {
-            self.0.clear();
-        }
-        let new: Arc<str> = text.into();
-        self.0.insert(Arc::clone(&new));
-        new
-    }
 }
 
 /// Who wrote what is read.
@@ -215,8 +186,10 @@ impl Reader<'_> {
                 format_args!("write apiVersion: {}/{}", KUN_GROUP, KUN_VERSION),
             ),
             ("kun.network", "ServiceAddress") => {
-                let address = self.service_address(f, line);
+                let meta = self.meta(&f, line, true);
+                let address = meta.and_then(|meta| ServiceAddress::read(&f, meta));
                 self.manifest.addresses.extend(address);
+                finish(f);
             }
             (KUN_GROUP, other) => match crd::definition(other) {
                 Some(definition) => {
@@ -591,32 +564,6 @@ impl Reader<'_> {
             Unknown::Refuse => finish(f).then_some(object?),
             Unknown::Ignore => object,
         }
-    }
-
-    fn service_address(&mut self, f: Fields<'_, '_>, line: u32) -> Option<ServiceAddress> {
-        let meta = self.meta(&f, line, true)?;
-        let spec = f
-            .require("spec", "a ServiceAddress has a spec with `addresses`")?
-            .fields();
-        let mut addresses: Vec<IpAddr> = Vec::new();
-        if let Some(list) = spec.require(
-            "addresses",
-            "write a list of one IPv4 address, one IPv6 address, or both",
-        ) {
-            for c in list.elements() {
-                let Some(address) = c.ip() else { continue };
-                if addresses.iter().any(|a| a.is_ipv4() == address.is_ipv4()) {
-                    c.fault(
-                        format_args!("{address} is a second one of its family"),
-                        "a Service has one of each",
-                    );
-                }
-                addresses.push(address);
-            }
-        }
-        spec.finish();
-        finish(f);
-        Some(ServiceAddress { meta, addresses })
     }
 }
 

@@ -4,9 +4,11 @@
 #![forbid(unsafe_code)]
 
 pub mod crd;
+mod interner;
 mod kubernetes;
 mod model;
 mod resource;
+mod service_address;
 mod store;
 mod wanted;
 pub mod watch;
@@ -15,11 +17,10 @@ pub use crd::{
     BgpAdvertisement, BgpPeer, BgpRouteAffinity, BgpSession, BrakeOverride, IpPool, IpamBlock,
     KunService,
 };
-pub use kubernetes::{
-    Interner, Manifest, Reading, ServiceAddress, parse_manifest, parse_with, parse_with_status,
-    read_api,
-};
+pub use interner::Interner;
+pub use kubernetes::{Manifest, Reading, parse_manifest, parse_with, parse_with_status, read_api};
 pub use model::*;
 pub use resource::{KUN_GROUP, KUN_VERSION, Resource};
+pub use service_address::ServiceAddress;
 pub use store::Store;
 pub use wanted::{Scope, Wanted};

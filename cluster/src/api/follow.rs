@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,11 +13,11 @@ use bytes::Bytes;
 use http_body_util::BodyExt;
 use kube::Client;
 use kube::client::Body;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
 use super::access::{Access, runtime};
-use super::{ApiError, Following, body};
+use super::{ApiError, Following, Stop, body};
 use crate::watch::{Action, Counts, Exchange, Hub, Input, Pace, Request};
 use crate::{Event, Kind, Troubles, Wanted};
 
@@ -47,7 +48,7 @@ pub(super) fn spawn(
     mut on_event: impl FnMut(Event) -> bool + Send + 'static,
 ) -> Result<Following, ApiError> {
     let runtime = runtime()?;
-    let stop = Arc::new(Notify::new());
+    let stop = Arc::new(Stop::default());
     let troubles = Troubles::default();
     let counts = Arc::new(Mutex::new(Vec::new()));
     let (pieces, arrived) = mpsc::channel(MAX_PIECES);
@@ -100,7 +101,7 @@ struct Follower {
     running: HashMap<Exchange, AbortHandle>,
     pieces: Pieces,
     arrived: mpsc::Receiver<(Exchange, Piece)>,
-    stop: Arc<Notify>,
+    stop: Arc<Stop>,
     troubles: Troubles,
     counts: Arc<Mutex<Vec<(Kind, Counts)>>>,
 }
@@ -112,7 +113,8 @@ impl Follower {
 
     /// `None`: told to stop.
     async fn next_event(&mut self) -> Option<Event> {
-        loop {
+        // Also between two events that are ready at once.
+        while !self.stop.set.load(Ordering::Acquire) {
             self.hub.tick(self.now());
             // What has arrived together is one event.
             while let Ok((exchange, piece)) = self.arrived.try_recv() {
@@ -131,11 +133,12 @@ impl Follower {
             let due = self.begin.checked_add(self.hub.timeout());
             let due = due.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
             tokio::select! {
-                () = self.stop.notified() => return None,
+                () = self.stop.woken.notified() => return None,
                 Some((exchange, piece)) = self.arrived.recv() => self.take(exchange, piece),
                 () = tokio::time::sleep_until(due.into()) => {}
             }
         }
+        None
     }
 
     fn take(&mut self, exchange: Exchange, piece: Piece) {

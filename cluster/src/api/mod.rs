@@ -10,6 +10,7 @@ pub mod write;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -94,10 +95,17 @@ impl ApiSource {
     }
 }
 
+/// Tells a thread to stop.
+#[derive(Debug, Default)]
+struct Stop {
+    set: AtomicBool,
+    woken: Notify,
+}
+
 /// An API server that is followed by a thread; dropped, the thread ends after its current event.
 #[derive(Debug)]
 pub struct Following {
-    stop: Arc<Notify>,
+    stop: Arc<Stop>,
     troubles: Troubles,
     counts: Arc<Mutex<Vec<(Kind, Counts)>>>,
     // Not joined: `on_event` may be blocked in a full channel whose reader is the one who drops this.
@@ -121,7 +129,8 @@ impl Following {
 
 impl Drop for Following {
     fn drop(&mut self) {
+        self.stop.set.store(true, Ordering::Release);
         // Kept for a thread that is not waiting just now.
-        self.stop.notify_one();
+        self.stop.woken.notify_one();
     }
 }

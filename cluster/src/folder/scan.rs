@@ -10,7 +10,9 @@ use super::MAX_DEPTH;
 use super::merge::Merged;
 use super::watch::Wake;
 use crate::Delta;
+use kun_cluster_core::crd::broken_by_change;
 use kun_cluster_core::{Interner, Manifest, parse_with};
+use kun_config::Faults;
 
 /// A mount is swapped once in a minute at most (the kubelet's sync); one that swaps faster than this is read again when it wakes us.
 const MAX_SWAPS: usize = 3;
@@ -216,7 +218,8 @@ impl File {
             return false;
         }
         self.hash = Some(hash);
-        match parse_with(names, &path.to_string_lossy(), &text) {
+        let parsed = parse_with(names, &path.to_string_lossy(), &text);
+        match parsed.and_then(|manifest| self.allowed(manifest)) {
             Ok(manifest) => {
                 self.troubles.clear();
                 self.good = manifest;
@@ -234,6 +237,22 @@ impl File {
                 }
                 false
             }
+        }
+    }
+
+    /// What the file says now, if each object may become that of what it was: as the API server holds an update to its rules. An
+    /// object that moves to another file is made anew there.
+    fn allowed(&self, manifest: Manifest) -> Result<Manifest, Faults> {
+        let was: BTreeMap<_, _> = self.good.objects.iter().map(|o| (o.key(), o)).collect();
+        let faults = manifest.objects.iter().flat_map(|object| {
+            let broken = (was.get(&object.key())).map(|was| broken_by_change(was, object));
+            let broken = broken.unwrap_or_default().into_iter();
+            broken.map(|broken| broken.fault(object))
+        });
+        let faults: Vec<_> = faults.collect();
+        match faults.is_empty() {
+            true => Ok(manifest),
+            false => Err(Faults(faults)),
         }
     }
 

@@ -7,8 +7,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::bgp::{Community, LargeCommunity};
-use super::check::{Checked, Rule, Step, attach};
-use super::common::{Condition, LabelSelector, Probe, one_of, yes};
+use super::check::{Checked, Rule, Step, attach, one_of, yes};
+use super::condition::Condition;
+use super::probe::Probe;
+use super::selector::LabelSelector;
 use super::text::{Name, Text};
 use super::{Column, Custom, Spec};
 use crate::Object;

@@ -8,8 +8,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::bgp::{Asn, Community, SecretKey};
-use super::check::{Checked, Rule, Step, attach};
-use super::common::{Condition, Family, LabelSelector, is_host, yes};
+use super::check::{Checked, Rule, Step, attach, yes};
+use super::condition::Condition;
+use super::family::{Family, is_host};
+use super::selector::LabelSelector;
 use super::text::{InterfaceName, LabelKey, Name, Text};
 use super::{Column, Custom, Spec};
 use crate::Object;

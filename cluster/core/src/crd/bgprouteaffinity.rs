@@ -6,7 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::check::{Checked, Rule, Step, attach};
-use super::common::{Condition, LabelSelector};
+use super::condition::Condition;
+use super::selector::LabelSelector;
 use super::text::{LabelKey, Text};
 use super::{Column, Custom, Spec};
 use crate::Object;

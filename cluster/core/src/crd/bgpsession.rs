@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::bgp::Asn;
 use super::check::{Rule, Step};
-use super::common::{Condition, Family};
+use super::condition::Condition;
+use super::family::Family;
 use super::text::{Moment, Name, Text};
 use super::{Column, Custom, Spec};
 use crate::Object;

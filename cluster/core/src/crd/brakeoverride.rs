@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::check::{Checked, Rule, Step, attach};
-use super::common::Condition;
+use super::condition::Condition;
 use super::text::{Label, Moment, Name, Signature, Text, UserName};
 use super::{Column, Custom, Spec};
 use crate::{KUN_GROUP, KUN_VERSION, Object};

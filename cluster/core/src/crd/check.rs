@@ -6,9 +6,12 @@
 
 use std::borrow::Cow;
 
+use kun_config::Fault;
 use schemars::Schema;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+
+use crate::{Object, Origin};
 
 /// Where the name of a checked type stands in a schema; not part of what is committed.
 pub(super) const CHECK: &str = "x-kun-check";
@@ -63,6 +66,23 @@ pub struct Broken {
     pub wrong: Cow<'static, str>,
     /// What would be right.
     pub right: Cow<'static, str>,
+}
+
+impl Broken {
+    /// As a fault of an object that was read from a file.
+    pub fn fault(self, object: &Object) -> Fault {
+        let (file, at) = match &object.meta().origin {
+            Origin::File { path, line } => (path.to_string(), Some((*line, 1))),
+            Origin::Api { .. } => (String::new(), None),
+        };
+        Fault {
+            file,
+            at,
+            path: self.field.trim_start_matches('.').to_owned(),
+            wrong: self.wrong.into_owned(),
+            right: self.right.into_owned(),
+        }
+    }
 }
 
 /// A checked type without its type.
@@ -129,4 +149,14 @@ pub(super) fn validation(cel: &str, field: &str, wrong: &str, right: &str) -> Va
         entry["fieldPath"] = json!(field);
     }
     entry
+}
+
+/// Whether exactly one is there.
+pub(super) fn one_of(there: &[bool]) -> bool {
+    there.iter().filter(|there| **there).count() == 1
+}
+
+/// `true`, for serde.
+pub(super) fn yes() -> bool {
+    true
 }

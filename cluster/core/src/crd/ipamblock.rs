@@ -23,7 +23,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::check::{Rule, Step};
-use super::common::Condition;
+use super::condition::Condition;
 use super::text::{FirstSlot, Name, Text, Uid};
 use super::{Column, Custom, Spec};
 use crate::Object;

@@ -12,7 +12,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::check::{Checked, Rule, Step, attach};
-use super::common::{Condition, LabelSelector};
+use super::condition::Condition;
+use super::selector::LabelSelector;
 use super::text::{Server, Text, Written};
 use super::{Column, Custom, Spec};
 use crate::Object;

@@ -8,8 +8,10 @@ use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::check::{Checked, Rule, Step, attach};
-use super::common::{Condition, Family, Probe, family, is_host, one_of, yes};
+use super::check::{Checked, Rule, Step, attach, one_of, yes};
+use super::condition::Condition;
+use super::family::{Family, family, is_host};
+use super::probe::Probe;
 use super::text::{HostName, Label, LabelValue, Name, Text};
 use super::{Column, Custom, Spec};
 use crate::Object;

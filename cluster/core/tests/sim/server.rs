@@ -106,7 +106,7 @@ impl Server {
     }
 
     pub(crate) fn create(&mut self, kind: Kind, name: u8) {
-        if !self.data.objects.contains_key(&(kind, format!("o{name}"))) {
+        if !self.data.objects.contains_key(&(kind, name_of(kind, name))) {
             self.uids += 1;
             let uid = format!("00000000-0000-4000-8000-{:012}", self.uids);
             self.write(kind, name, uid, "ADDED", true);
@@ -114,7 +114,7 @@ impl Server {
     }
 
     pub(crate) fn update(&mut self, kind: Kind, name: u8, spoil: bool) {
-        if let Some(stored) = self.data.objects.get(&(kind, format!("o{name}"))) {
+        if let Some(stored) = self.data.objects.get(&(kind, name_of(kind, name))) {
             let uid = stored.uid.clone();
             self.write(kind, name, uid, "MODIFIED", !spoil);
         }
@@ -133,7 +133,9 @@ impl Server {
             good,
             json: json.clone(),
         };
-        self.data.objects.insert((kind, format!("o{name}")), stored);
+        self.data
+            .objects
+            .insert((kind, name_of(kind, name)), stored);
         self.data.history.push(Happened {
             rev,
             kind,
@@ -143,7 +145,7 @@ impl Server {
     }
 
     pub(crate) fn delete(&mut self, kind: Kind, name: u8) {
-        if let Some(stored) = self.data.objects.remove(&(kind, format!("o{name}"))) {
+        if let Some(stored) = self.data.objects.remove(&(kind, name_of(kind, name))) {
             self.data.rev += 1;
             let rev = self.data.rev;
             let json = object(kind, name, &stored.uid, rev, stored.good);
@@ -407,15 +409,23 @@ impl Server {
     }
 }
 
+/// The name of a block's object follows from the block.
+fn name_of(kind: Kind, name: u8) -> String {
+    match kind {
+        Kind::IpamBlock => format!("block-10-64-{name}-0"),
+        _ => format!("o{name}"),
+    }
+}
+
 fn object(kind: Kind, name: u8, uid: &str, rev: u64, good: bool) -> Value {
     let resource = Resource::of(kind);
-    let first = if good { "10.64.0.0" } else { "10.64.0.1" };
+    let slot = if good { 0 } else { 1 };
     let mut object = json!({
         "apiVersion": resource.api_version(), "kind": resource.kind,
-        "metadata": {"name": format!("o{name}"), "uid": uid, "resourceVersion": rev.to_string(), "labels": {"version": rev.to_string()}},
+        "metadata": {"name": name_of(kind, name), "uid": uid, "resourceVersion": rev.to_string(), "labels": {"version": rev.to_string()}},
     });
     if kind == Kind::IpamBlock {
-        object["spec"] = json!({"first": first, "node": "a"});
+        object["spec"] = json!({"first": format!("10.64.{name}.{slot}"), "node": "a"});
     }
     object
 }
