@@ -112,7 +112,10 @@ fn configurations_are_right() {
             let checked = run(&program, &words);
             assert!(checked.status.success(), "{name}: {checked:?}");
             let told = String::from_utf8_lossy(&checked.stderr).into_owned();
-            assert_eq!(told, "", "{name}: warnings");
+            // The examples' addresses are for documentation (RFC 5737), and nobody should forget to replace them.
+            let meant = |line: &str| line.contains("192.0.2.0/24 is not globally routed");
+            let warnings: Vec<&str> = told.lines().filter(|line| !meant(line)).collect();
+            assert!(warnings.is_empty(), "{name}: {warnings:?}");
         }
     }
 }
