@@ -24,7 +24,7 @@ use crate::plan::{Assignments, Plan, Pools, Shortage, is_ours, owner_of};
 use crate::pools;
 use crate::writes::{self, Write, writes};
 
-/// The first wait after a failure is half of this or less, each next one twice as long, …
+/// The first wait after a failure is at most this and at least half of it, each next one twice as long, …
 const WAIT_FIRST: Duration = Duration::from_millis(500);
 
 /// … and at most this: a right that is missing is granted by a person.
@@ -49,7 +49,9 @@ pub struct Claims {
     /// How often the addresses of a Service were written.
     written: BTreeMap<ObjectName, u32>,
     failures: u32,
+    /// Troubles of the pass before and of this one: each is told when it begins.
     told: BTreeSet<String>,
+    telling: BTreeSet<String>,
     names: Interner,
     /// Seeds the jitter.
     reporter: String,
@@ -81,6 +83,7 @@ impl Claims {
             written: BTreeMap::new(),
             failures: 0,
             told: BTreeSet::new(),
+            telling: BTreeSet::new(),
             names: Interner::default(),
             reporter,
         }
@@ -162,11 +165,11 @@ impl Claims {
         Ended::Refused
     }
 
-    /// Each trouble once, until something succeeds.
     fn say(&mut self, what: String) {
-        if self.told.insert(what.clone()) {
+        if !self.told.contains(&what) && !self.telling.contains(&what) {
             tracing::warn!("{what}");
         }
+        self.telling.insert(what);
     }
 
     /// Longer with every failure, and not the same for everybody who failed together.
@@ -217,6 +220,7 @@ impl Memory for Claims {
     }
 
     fn keep(&mut self, store: &mut Store, plan: &Plan) -> Result<Kept, GeneratedError> {
+        self.told = std::mem::take(&mut self.telling);
         self.written.retain(|name, _| store.service(name).is_some());
         self.kept.clone_from(&plan.assignments.addresses);
         let mut again: Option<Duration> = None;
@@ -232,7 +236,6 @@ impl Memory for Claims {
                 Ended::Done => {
                     tell(&write);
                     self.failures = 0;
-                    self.told.clear();
                 }
                 Ended::Overtaken => again = Some(again.unwrap_or(AFTER_CONFLICT)),
                 Ended::Refused => again = Some(WAIT_AT_MOST),
@@ -289,21 +292,4 @@ fn tell(write: &Write) {
             service, addresses, ..
         } => tracing::info!(%service, ?addresses, "virtual addresses assigned"),
     }
-}
-
-/// Who signs: the program and the process.
-pub fn identity(pod: Option<&str>) -> String {
-    use std::hash::{BuildHasher, Hasher};
-    let host = || {
-        let name = rustix::system::uname()
-            .nodename()
-            .to_string_lossy()
-            .into_owned();
-        name.to_lowercase()
-    };
-    // From the keys that the system seeds each hasher with: another in every process, also in one pod.
-    let mut hasher = std::hash::RandomState::new().build_hasher();
-    hasher.write_u32(std::process::id());
-    let name = pod.map_or_else(host, str::to_owned);
-    format!("{name}_{:016x}", hasher.finish())
 }

@@ -20,6 +20,23 @@ pub fn now() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
+/// The name of this process, as holder of the lease and on what it tells: no other has it, nor a later one in the same pod.
+pub fn identity(pod: Option<&str>) -> String {
+    use std::hash::{BuildHasher, Hasher};
+    let host = || {
+        let name = rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned();
+        name.to_lowercase()
+    };
+    // From the keys that the system seeds each hasher with: another in every process, also in one pod.
+    let mut hasher = std::hash::RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    let name = pod.map_or_else(host, str::to_owned);
+    format!("{name}_{:016x}", hasher.finish())
+}
+
 /// The right to act: asked before every call.
 #[derive(Debug, Clone, Default)]
 pub struct Seat(Arc<AtomicU64>);

@@ -17,8 +17,8 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::claims::{Claims, identity};
-use crate::elect::{Candidacy, Standing};
+use crate::claims::Claims;
+use crate::elect::{Candidacy, Standing, identity};
 use crate::generated::{Generated, GeneratedError};
 use crate::lease::CALL_WITHIN;
 use crate::memory::{Kept, Memory};

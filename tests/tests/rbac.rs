@@ -323,6 +323,7 @@ spec: {type: LoadBalancer, ports: [{port: 80}]}
         let review = r#"{"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview", "spec": {"namespace": "kube-system"}}"#;
         let words = [
             "create",
+            "--validate=false",
             "-f",
             "-",
             "-o",
