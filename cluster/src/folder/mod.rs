@@ -4,6 +4,8 @@
 //! begin with a dot are skipped, which reads a mounted ConfigMap (`..data` and its links) exactly once. A single file will do.
 //!
 //! * One event of deltas a scan, and a scan sees a swap of a folder or of a link as one change.
+//! * What was read while files changed is not told: an object that moved to a file already read, from one not yet read, would be
+//!   told as gone. It is read again when the change wakes us.
 //! * A file that cannot be read or is wrong keeps the objects that it last had when it was right, and says so once.
 //! * A file that has not been right since the source began has no last good objects: [`Event::Partial`] says so before
 //!   [`Event::Synced`], and [`Event::Whole`] when that is over.
@@ -36,6 +38,9 @@ const SAFETY_RESCAN: Duration = Duration::from_secs(60);
 /// The same where no watch can be set at all.
 const POLL_UNWATCHED: Duration = Duration::from_secs(2);
 
+/// A folder that changes in each of so many readings is told as it was read: who writes without end must not keep everybody waiting.
+const MAX_READINGS: usize = 32;
+
 /// Why the folder cannot be followed.
 #[derive(Debug, thiserror::Error)]
 pub enum FolderError {
@@ -62,6 +67,8 @@ pub struct FolderSource {
     synced: bool,
     /// [`Event::Partial`] was told, [`Event::Whole`] not yet.
     partial: bool,
+    /// Readings in a row that files changed under, with changes in them that nobody was told of yet.
+    untold: usize,
     troubles: Troubles,
 }
 
@@ -84,6 +91,7 @@ impl FolderSource {
             queue: VecDeque::new(),
             synced: false,
             partial: false,
+            untold: 0,
             troubles: Troubles::default(),
         })
     }
@@ -122,13 +130,17 @@ impl FolderSource {
             return None;
         }
         self.scan(&wake);
+        // The first snapshot waits for nothing that wakes us.
+        while !self.synced && self.untold > 0 {
+            self.scan(&wake);
+        }
         let known = self.scanner.knows_all();
         if !self.synced {
             self.synced = true;
             self.partial = !known;
             self.queue.extend(self.partial.then_some(Event::Partial));
             self.queue.push_back(Event::Synced);
-        } else if self.partial && known {
+        } else if self.partial && known && self.untold == 0 {
             self.partial = false;
             self.queue.push_back(Event::Whole);
         }
@@ -146,7 +158,14 @@ impl FolderSource {
             }
             changed |= self.scanner.read_files(&again);
         }
-        let deltas = if changed {
+        changed |= self.untold > 0;
+        // Where nothing wakes us the next look is far off.
+        let may_wait = self.watch.sees() && self.untold < MAX_READINGS;
+        let deltas = if changed && may_wait && !self.scanner.stands(wake) {
+            self.untold += 1;
+            Vec::new()
+        } else if changed {
+            self.untold = 0;
             self.scanner.merge()
         } else {
             Vec::new()

@@ -118,6 +118,26 @@ impl Scanner {
         changed
     }
 
+    /// Whether every file is as it was when it was read, so that what was read was all there at one moment. Those that somebody is
+    /// writing were not read.
+    pub(super) fn stands(&self, wake: &Wake) -> bool {
+        let mut walk = Walk::default();
+        if walk.enter(&self.root, 0).is_err() {
+            // Its return is another change.
+            return true;
+        }
+        let read = |path: &PathBuf| !wake.writing.contains(path) && !self.is_kept(&walk, path);
+        let then = self.files.iter().filter(|(path, _)| read(path));
+        let now = walk.files.iter().filter(|(path, _)| read(path));
+        then.map(|(path, file)| (path, file.stat))
+            .eq(now.map(|(path, stat)| (path, *stat)))
+    }
+
+    /// A file that stays in force though the walk cannot see it.
+    fn is_kept(&self, walk: &Walk, path: &Path) -> bool {
+        !walk.files.contains_key(path) && walk.is_below_unreadable(path)
+    }
+
     /// One walk and one reading; the `..data` links that the walk met, and where they led when it came by.
     fn read_once(
         &mut self,

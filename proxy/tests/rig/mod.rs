@@ -92,7 +92,7 @@ impl<'a> Service<'a> {
 
 /// The node. Fields drop in order: the agent before what it stands on.
 pub(crate) struct Node {
-    agent: Option<Process>,
+    pub(crate) agent: Option<Process>,
     pub(crate) netns: Netns,
     pub(crate) fabric: Netns,
     pub(crate) cgroup: Cgroup,
@@ -106,6 +106,13 @@ pub(crate) struct Node {
 impl Node {
     /// `None`: skipped, and said so.
     pub(crate) fn start(what: &str) -> Option<Self> {
+        let mut node = Self::prepare(what)?;
+        node.spawn();
+        Some(node)
+    }
+
+    /// The same without an agent yet.
+    pub(crate) fn prepare(what: &str) -> Option<Self> {
         if !require_root() || !require_tool("ip") {
             return None;
         }
@@ -113,9 +120,7 @@ impl Node {
             skip("because no cgroup v2 tree is mounted");
             return None;
         }
-        let mut node = Self::build(what).unwrap_or_else(|e| panic!("{e:#}"));
-        node.spawn();
-        Some(node)
+        Some(Self::build(what).unwrap_or_else(|e| panic!("{e:#}")))
     }
 
     fn build(what: &str) -> anyhow::Result<Self> {
@@ -196,8 +201,13 @@ impl Node {
         fs::rename(&new, &path).unwrap();
     }
 
-    /// Starts the agent and waits until it has programmed what the folder says.
+    /// Starts the agent and waits until it has programmed what the cluster says.
     pub(crate) fn spawn(&mut self) {
+        self.spawn_until("programmed");
+    }
+
+    /// Starts the agent and waits until its dataplane says this of itself.
+    pub(crate) fn spawn_until(&mut self, state: &str) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kun-proxy"));
         command.arg("--config").arg(self.path("kun.yaml"));
         command.args(&self.flags);
@@ -207,18 +217,18 @@ impl Node {
             .stderr(log)
             .env_remove("RUST_LOG");
         let mut agent = self.netns.spawn(command).unwrap();
-        let programmed = wait_for("the agent", STARTS_WITHIN, || {
+        let arrived = wait_for("the agent", STARTS_WITHIN, || {
             if !agent.is_running() {
                 return Some(false);
             }
             let Some(Response::Status { status }) = self.try_ask(&Request::Status) else {
                 return None;
             };
-            let programmed = |f: &kun_control::Fact| f.name == "state" && f.value == "programmed";
-            status.proxy.iter().any(programmed).then_some(true)
+            let there = |f: &kun_control::Fact| f.name == "state" && f.value == state;
+            status.proxy.iter().any(there).then_some(true)
         });
         assert!(
-            matches!(programmed, Ok(true)),
+            matches!(arrived, Ok(true)),
             "the agent does not come up: {}",
             self.log()
         );
@@ -227,17 +237,22 @@ impl Node {
 
     /// What its endpoint says to the kubelet's probe.
     pub(crate) fn ready(&self) -> bool {
-        self.netns.run(|| {
-            let mut answer = String::new();
-            TcpStream::connect((Ipv6Addr::LOCALHOST, 9466)).is_ok_and(|mut probe| {
-                probe.write_all(b"GET /readyz HTTP/1.1\r\n\r\n").is_ok()
-                    && probe.read_to_string(&mut answer).is_ok()
-                    && answer.starts_with("HTTP/1.1 200")
-            })
-        })
+        self.get("/readyz").starts_with("HTTP/1.1 200")
     }
 
-    fn log(&self) -> String {
+    /// Its answer over HTTP; empty: there is none.
+    pub(crate) fn get(&self, path: &str) -> String {
+        let ask = || -> io::Result<String> {
+            let mut answer = String::new();
+            let mut stream = TcpStream::connect((Ipv6Addr::LOCALHOST, 9466))?;
+            write!(stream, "GET {path} HTTP/1.1\r\n\r\n")?;
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        self.netns.run(ask).unwrap_or_default()
+    }
+
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.path("log")).unwrap_or_default()
     }
 
@@ -344,6 +359,11 @@ impl Node {
             );
         }
         self.manifest("web.yaml", &documents);
+        self.explains(service, SEEN_WITHIN);
+    }
+
+    /// Waits until the agent explains the service with exactly these endpoints.
+    pub(crate) fn explains(&self, service: &Service<'_>, within: Duration) {
         let wanted: Vec<(&str, &str, u16, BTreeSet<String>)> =
             [("tcp", 80, 8080), ("udp", 53, 5353)]
                 .into_iter()
@@ -364,7 +384,7 @@ impl Node {
                     ]
                 })
                 .collect();
-        let seen = wait_until(SEEN_WITHIN, || {
+        let seen = wait_until(within, || {
             wanted.iter().all(|(protocol, vip, port, endpoints)| {
                 let Response::Why { steps } = self.why(protocol, vip, *port) else {
                     return false;

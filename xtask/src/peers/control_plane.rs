@@ -18,7 +18,7 @@ pub(super) fn item() -> Result<Item> {
         name: "control-plane",
         version: kubernetes_version(&sources)?,
         what_for: "kube-apiserver, etcd, controllers, scheduler, kubelet and kubectl: the cluster of tests and lab",
-        parts: &["cluster"],
+        parts: &["cluster", "proxy"],
         programs: vec![Path::new("bin").join(PROGRAM)],
         stamp: digest(&sources)?,
         source: Source::ControlPlane,

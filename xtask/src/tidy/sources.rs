@@ -47,6 +47,29 @@ const IMPURE: &[&str] = &[
     "RandomState",
 ];
 
+/// In any file: the wall clock, which jumps when somebody sets it. Durations are measured with CLOCK_MONOTONIC or CLOCK_BOOTTIME.
+const WALL_CLOCK: &[&str] = &[
+    "SystemTime",
+    "Timestamp::now",
+    "Zoned::now",
+    "Utc::now",
+    "ClockId::Realtime",
+    "CLOCK_REALTIME",
+];
+
+/// Files that write the time of day into an object, for people to read.
+const TELLS_TIME: &[(&str, &str)] = &[
+    (
+        "operator/src/claims.rs",
+        "lastTransitionTime of a pool's conditions",
+    ),
+    (
+        "operator/src/elect.rs",
+        "acquireTime and renewTime of the lease; candidates measure since when they saw a change",
+    ),
+    ("operator/src/events.rs", "eventTime"),
+];
+
 /// In any file: what belongs to one machine or to nobody.
 const PLACES: &[&str] = &["/home/", "/root/", "/Users/"];
 
@@ -114,10 +137,10 @@ pub(super) fn check(root: &Path, files: &[PathBuf], wrong: &mut Vec<String>) -> 
             wrong,
         );
     }
-    for (path, _reason) in LONG {
+    for (path, _reason) in LONG.iter().chain(TELLS_TIME) {
         if !root.join(path).exists() {
             wrong.push(format!(
-                "xtask/src/tidy/sources.rs: LONG names {path}, which does not exist"
+                "xtask/src/tidy/sources.rs names {path}, which does not exist"
             ));
         }
     }
@@ -145,6 +168,7 @@ fn check_file(path: &str, text: &str, pure: bool, wrong: &mut Vec<String>) {
     let may_be_unsafe = path.starts_with("ebpf/") || path.ends_with("/sys.rs");
     // This file must name what it forbids.
     let is_this = path == "xtask/src/tidy/sources.rs";
+    let tells_time = is_this || TELLS_TIME.iter().any(|(teller, _)| *teller == path);
     for (number, line) in &code.lines {
         if !may_be_unsafe && !is_this && has_word(line, "unsafe") && !line.contains("unsafe_code") {
             wrong.push(format!(
@@ -154,6 +178,14 @@ fn check_file(path: &str, text: &str, pure: bool, wrong: &mut Vec<String>) {
         if !is_this && let Some(place) = PLACES.iter().find(|place| line.contains(**place)) {
             wrong.push(format!(
                 "{path}:{number}: {place} is a place on one machine"
+            ));
+        }
+        if !tells_time
+            && !pure
+            && let Some(clock) = WALL_CLOCK.iter().find(|clock| line.contains(**clock))
+        {
+            wrong.push(format!(
+                "{path}:{number}: {clock} jumps when somebody sets the clock; measure with `Instant` or CLOCK_BOOTTIME"
             ));
         }
         if path.starts_with("proxy/src/")
@@ -260,6 +292,12 @@ mod tests {
                 "//! x\nlet t = Instant::now();\n",
                 true,
                 "in a core",
+            ),
+            (
+                "cni/src/x.rs",
+                "//! x\nlet t = SystemTime::now();\n",
+                false,
+                "sets the clock",
             ),
             (
                 "proxy/src/x.rs",
