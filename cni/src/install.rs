@@ -177,7 +177,11 @@ impl Lists {
             "plugins": [{
                 "type": PLUGIN,
                 "kunConfig": self.config(),
-                "capabilities": { "io.kubernetes.cri.pod-annotations": true },
+                // All that kun-cni acts on; a runtime hands over nothing that is not named here.
+                "capabilities": {
+                    "bandwidth": true, "dns": true, "io.kubernetes.cri.pod-annotations": true, "ipRanges": true, "ips": true,
+                    "mac": true, "portMappings": true,
+                },
             }],
         });
         format!("{list:#}\n")
