@@ -339,9 +339,9 @@ pub fn pool(name: &str, pods: &str) -> Value {
 }
 
 /// An IPAMBlock.
-pub fn block(name: &str, first: &str, node: &str) -> Value {
+pub fn block(name: &str, first: &str, node: &str, epoch: u32) -> Value {
     json!({
         "apiVersion": "kun.network/v1alpha1", "kind": "IPAMBlock", "metadata": {"name": name},
-        "spec": {"first": first, "node": node},
+        "spec": {"first": first, "node": node, "epoch": epoch},
     })
 }
