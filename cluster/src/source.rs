@@ -94,7 +94,7 @@ pub enum Source {
     /// A folder of manifests.
     Folder(Box<FolderSource>),
     /// The Kubernetes API.
-    Api(ApiSource),
+    Api(Box<ApiSource>),
 }
 
 impl Source {
@@ -103,7 +103,7 @@ impl Source {
         Ok(match source {
             ClusterSource::Folder(path) => Self::Folder(Box::new(FolderSource::open(path)?)),
             ClusterSource::Kubernetes { kubeconfig } => {
-                Self::Api(ApiSource::open(kubeconfig.as_deref())?)
+                Self::Api(Box::new(ApiSource::open(kubeconfig.as_deref())?))
             }
         })
     }

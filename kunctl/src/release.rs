@@ -40,11 +40,11 @@ pub(crate) enum ReleaseError {
 }
 
 /// The row of the address, if all is said that has to be said.
-pub(crate) fn agreed<'a>(
+pub(crate) fn agreed(
     wish: Wish,
-    rows: &'a [SlotRow],
+    rows: &[SlotRow],
     ask: impl FnMut(&str) -> Option<String>,
-) -> Result<&'a SlotRow, ReleaseError> {
+) -> Result<&SlotRow, ReleaseError> {
     let address = wish.address;
     let row = rows
         .iter()

@@ -206,7 +206,7 @@ mod tests {
             let offsets = [SECOND * 7, SECOND * 1000, SECOND * 31];
             let mut all = names.map(|n| Election::new(n.into()));
             let mut lease: Option<Record> = None;
-            let (mut now, mut version) = (SECOND * 0, 0_u64);
+            let (mut now, mut version) = (Duration::ZERO, 0_u64);
             for step in moves {
                 match step {
                     Move::Pass(seconds) => now += SECOND * seconds as u32,

@@ -202,7 +202,7 @@ fn plan_blocks(
         }
     }
     // By name: there may be one Node of a name, and blocks of several that had it.
-    let mut blocks: BTreeMap<(Arc<str>, SlotClass), Vec<(BlockId, Owner)>> = BTreeMap::new();
+    let mut blocks: BTreeMap<_, Vec<(BlockId, Owner)>> = BTreeMap::new();
     for (block, owner) in &owners {
         let key = (Arc::clone(&owner.node), block.class());
         blocks.entry(key).or_default().push((*block, owner.clone()));
@@ -406,9 +406,12 @@ fn reclaim(
     Some(address)
 }
 
+/// Family, first and last address of what is left of a range.
+type Ends = (IpFamily, u128, u128);
+
 /// Walks the ranges once: what lies behind is taken.
 struct FreeAddresses<'p> {
-    ranges: Vec<(&'p Range<IpNet>, (IpFamily, u128, u128))>,
+    ranges: Vec<(&'p Range<IpNet>, Ends)>,
 }
 
 impl<'p> FreeAddresses<'p> {

@@ -206,7 +206,7 @@ pub struct Operator {
 #[derive(Debug)]
 enum At {
     Folder(Box<OnFolder>),
-    Api(OnApi),
+    Api(Box<OnApi>),
 }
 
 #[derive(Debug)]
@@ -234,13 +234,13 @@ impl Operator {
             source @ ClusterSource::Kubernetes { kubeconfig } => {
                 let variable = |name| std::env::var(name).ok().filter(|v| !v.is_empty());
                 let namespace = variable("POD_NAMESPACE").unwrap_or_else(|| NAMESPACE.to_owned());
-                At::Api(OnApi {
+                At::Api(Box::new(OnApi {
                     source: source.clone(),
                     lease: Writer::open(kubeconfig.as_deref())?.within(CALL_WITHIN),
                     kubeconfig: kubeconfig.clone(),
                     name: ObjectName::new(&namespace, LEASE),
                     me: identity(variable("POD_NAME").as_deref()),
-                })
+                }))
             }
         };
         Ok(Self {

@@ -1,6 +1,5 @@
 //! Addresses under the real agent: what comes back and when, and what it reclaims of pods that are gone.
 
-#[allow(dead_code, reason = "each test program uses its part")]
 mod rig;
 
 use std::fs;

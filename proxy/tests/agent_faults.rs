@@ -5,7 +5,6 @@
 //! One control plane for all of it, as it takes longer to start than most of the faults take. The server is in the fabric, behind the
 //! node's uplink, and the agent is what `deploy/base` makes it: a ServiceAccount's token with the rights of its ClusterRole.
 
-#[allow(dead_code, reason = "agent.rs has the rest")]
 mod rig;
 
 use std::collections::BTreeSet;
@@ -516,7 +515,8 @@ fn an_agent_keeps_its_last_good_state_whatever_its_api_server_does() {
     let Some((mut lab, client)) = Lab::new() else {
         return;
     };
-    let steps: [(&str, fn(&mut Lab, &Netns)); 7] = [
+    type Step = fn(&mut Lab, &Netns);
+    let steps: [(&str, Step); 7] = [
         ("killed and restarted", killed),
         ("frozen and thawed", frozen),
         ("compacted while it was down", forgetful),

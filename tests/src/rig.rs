@@ -246,7 +246,9 @@ impl ServerRig {
 
 impl Rig for ServerRig {
     fn source(&self) -> Result<Source> {
-        Ok(Source::Api(ApiSource::open(Some(&self.kubeconfig))?))
+        Ok(Source::Api(Box::new(ApiSource::open(Some(
+            &self.kubeconfig,
+        ))?)))
     }
 
     fn origin(&self) -> &'static str {

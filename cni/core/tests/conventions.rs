@@ -279,7 +279,8 @@ fn what_is_wrong_is_told_with_its_path() {
     for (config, message) in table {
         assert_eq!(runtime(config).unwrap_err(), message);
     }
-    let table: [(Value, &[(&str, &str)], &str); 5] = [
+    type Arguments = &'static [(&'static str, &'static str)];
+    let table: [(Value, Arguments, &str); 5] = [
         (
             json!({}),
             &[("FOO", "1"), ("BAR", "2")],

@@ -57,6 +57,7 @@ fn service(port: u16) -> Vec<Delta> {
         cluster_ips: vec![a("10.96.0.1")],
         families: Vec::new(),
         load_balancer_ips: vec![a(NODE[0])],
+        load_balancer_named: false,
         load_balancer_class: None,
         external_name: None,
         ports: vec![ServicePort {

@@ -56,7 +56,7 @@ impl Case {
     pub(crate) fn new(follow: &Path, write: &Path, pace: Pace) -> Result<Self> {
         let before = threads()?;
         let source = ApiSource::open(Some(follow))?.with_pace(pace);
-        let watcher = Watcher::new(Source::Api(source), Wanted::new().all(KINDS))?;
+        let watcher = Watcher::new(Source::Api(Box::new(source)), Wanted::new().all(KINDS))?;
         let new = || Some(*threads().ok()?.difference(&before).next()?);
         let thread = wait_for("its thread", TOLD_WITHIN, new)?;
         Ok(Self {
@@ -152,7 +152,7 @@ impl Case {
         let end = Instant::now() + TOLD_WITHIN;
         loop {
             let mut fresh = Watcher::new(
-                Source::Api(ApiSource::open(Some(kubeconfig))?),
+                Source::Api(Box::new(ApiSource::open(Some(kubeconfig))?)),
                 Wanted::new().all(KINDS),
             )?;
             fresh.until_synced(TOLD_WITHIN)?;

@@ -394,7 +394,7 @@ fn a_missing_right_is_named() {
     assert!(!case.watcher.synced, "half a view was called whole");
     // The source of our own kinds says what to do.
     let own = Watcher::new(
-        Source::Api(ApiSource::open(Some(&admin)).unwrap()),
+        Source::Api(Box::new(ApiSource::open(Some(&admin)).unwrap())),
         Wanted::new().all([Kind::IpPool]),
     );
     let mut own = own.unwrap();

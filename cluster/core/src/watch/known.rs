@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::hash::{BuildHasher, Hasher};
 
-use foldhash::fast::{FixedState, RandomState};
+use foldhash::SharedSeed;
+use foldhash::fast::{FixedState, SeedableRandomState};
 use kun_config::yaml::Node;
 
 use super::json;
@@ -79,7 +80,8 @@ struct Held {
 pub(super) struct Known {
     kind: Kind,
     scope: Scope,
-    held: HashMap<ObjectName, Held, RandomState>,
+    /// Hashed with the seed that the shell gave: names are chosen by users.
+    held: HashMap<ObjectName, Held, SeedableRandomState>,
     round: u32,
     check: u32,
     faults: BTreeMap<ObjectName, Vec<String>>,
@@ -88,11 +90,12 @@ pub(super) struct Known {
 }
 
 impl Known {
-    pub(super) fn new(kind: Kind, scope: Scope) -> Self {
+    pub(super) fn new(kind: Kind, scope: Scope, seed: u64) -> Self {
+        let hashed = SeedableRandomState::with_seed(seed, SharedSeed::global_fixed());
         Self {
             kind,
             scope,
-            held: HashMap::default(),
+            held: HashMap::with_hasher(hashed),
             round: 0,
             check: 0,
             faults: BTreeMap::new(),
@@ -379,7 +382,7 @@ mod tests {
 
     #[test]
     fn a_heartbeat_is_no_change_and_a_label_is() {
-        let (mut known, mut names) = (Known::new(Kind::Node, Scope::All), Interner::default());
+        let (mut known, mut names) = (Known::new(Kind::Node, Scope::All, 1), Interner::default());
         let mut told = |text: &str| {
             let mut deltas = Vec::new();
             let mut tree = json::object(Kind::Node, text.as_bytes()).expect("JSON");

@@ -133,7 +133,7 @@ impl Watch {
             resource: Resource::of(kind),
             pace,
             jitter: Jitter::new(seed),
-            known: Known::new(kind, scope.clone()),
+            known: Known::new(kind, scope.clone(), seed),
             scope,
             counts: Counts::default(),
             serial: 0,

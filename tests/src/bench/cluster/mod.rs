@@ -116,7 +116,7 @@ pub fn follow(source: &str, path: &Path) -> anyhow::Result<Followed> {
     let (begin, cpu) = (Instant::now(), cpu_time());
     let source = match source {
         "folder" => Source::Folder(Box::new(FolderSource::open(path)?)),
-        _ => Source::Api(ApiSource::open(Some(path))?),
+        _ => Source::Api(Box::new(ApiSource::open(Some(path))?)),
     };
     let (sender, events) = std::sync::mpsc::sync_channel(1);
     let wanted = Wanted::new().all([Kind::Service, Kind::EndpointSlice, Kind::Node]);
