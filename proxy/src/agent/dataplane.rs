@@ -383,10 +383,13 @@ impl Dataplane {
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
             };
-            match message {
-                Some(Message::Stop) => return,
-                Some(message) => self.on_message(message),
-                None => {}
+            // All that waits is taken in before anything is planned: changes that came together share one grace period, and a pod's
+            // ADD waits for one turn, not for one turn each of the changes before it.
+            for message in message.into_iter().chain(queue.try_iter()).take(QUEUE) {
+                match message {
+                    Message::Stop => return,
+                    message => self.on_message(message),
+                }
             }
             self.advance();
             let now = Instant::now();
