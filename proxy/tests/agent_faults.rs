@@ -343,6 +343,9 @@ fn are_refused(client: &Netns, frontends: &BTreeSet<SocketAddr>) -> BTreeSet<boo
     })
 }
 
+/// What goes wrong, and what holds meanwhile and afterwards; the namespace is the client's.
+type Step = fn(&mut Lab, &Netns);
+
 fn killed(lab: &mut Lab, _: &Netns) {
     let before = lab.withdrawals();
     lab.kill();
@@ -527,7 +530,7 @@ fn an_agent_keeps_its_last_good_state_whatever_its_api_server_does() {
     let Some((mut lab, client)) = Lab::new() else {
         return;
     };
-    let steps: [(&str, fn(&mut Lab, &Netns)); 7] = [
+    let steps: [(&str, Step); 7] = [
         ("killed and restarted", killed),
         ("frozen and thawed", frozen),
         ("compacted while it was down", forgetful),
