@@ -362,7 +362,7 @@ fn the_runtime_list_stands_once_pods_can_have_addresses_and_until_cleanup() {
     wait_for("readiness", SOON, || node.ready().then_some(())).unwrap();
     assert!(!conf.exists(), "placed too early");
 
-    let block = json!({"apiVersion": "kun.network/v1alpha1", "kind": "IPAMBlock", "metadata": {"name": "b0"},
+    let block = json!({"apiVersion": "kun.network/v1alpha1", "kind": "IPAMBlock", "metadata": {"name": "block-10-64-0-0"},
         "spec": {"first": "10.64.0.0", "node": "node-a"}});
     node.manifest("node.yaml", &[this, block]);
     let stands = || list.is_file().then_some(());

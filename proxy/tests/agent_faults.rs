@@ -342,6 +342,9 @@ fn are_refused(client: &Netns, frontends: &BTreeSet<SocketAddr>) -> BTreeSet<boo
     })
 }
 
+/// What goes wrong, and what holds meanwhile and afterwards; the namespace is the client's.
+type Step = fn(&mut Lab, &Netns);
+
 fn killed(lab: &mut Lab, _: &Netns) {
     let before = lab.withdrawals();
     lab.kill();
@@ -526,7 +529,6 @@ fn an_agent_keeps_its_last_good_state_whatever_its_api_server_does() {
     let Some((mut lab, client)) = Lab::new() else {
         return;
     };
-    type Step = fn(&mut Lab, &Netns);
     let steps: [(&str, Step); 7] = [
         ("killed and restarted", killed),
         ("frozen and thawed", frozen),
