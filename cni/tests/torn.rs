@@ -394,8 +394,15 @@ fn a_verb_alone_costs_two_flushes_or_three_and_a_group_commit_one() {
     let store = disk.open().unwrap();
     store.load().unwrap();
     assert_eq!(disk.flushes() - before, 0, "reading");
-    for n in 1..=5 {
-        store.commit(&[Effect::PutBoot(BootId(n))]).unwrap();
-    }
-    assert_eq!(disk.flushes() - before, 5, "one a commit");
+    let costs: Vec<usize> = (1..=6)
+        .map(|n| {
+            let before = disk.flushes();
+            store.commit(&[Effect::PutBoot(BootId(n))]).unwrap();
+            disk.flushes() - before
+        })
+        .collect();
+    // The file may grow once on the way.
+    let grown = costs.iter().filter(|cost| **cost == 2).count();
+    let one = costs.iter().filter(|cost| **cost == 1).count();
+    assert!(grown <= 1 && grown + one == costs.len(), "{costs:?}");
 }

@@ -15,7 +15,6 @@ const DEVIATIONS: [&str; 6] = [
     "add_passes_the_previous_result_through",
     "gc_keeps_the_valid_and_frees_the_rest",
     "version_repeats_the_callers",
-    "verbs_are_of_their_version",
     "del_succeeds_whatever_the_arguments",
 ];
 
