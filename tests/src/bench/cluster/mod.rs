@@ -54,7 +54,7 @@ pub fn run(context: &Context) -> anyhow::Result<Vec<Row>> {
     if let Some(builder) = ControlPlane::builder() {
         // Nodes without a kubelet stay as they are, and nothing of the server's own caution stands before the writes.
         let plane = builder
-            .controller_flags(&["--controllers=-*,serviceaccount-controller"])
+            .controller_flags(&["--controllers=serviceaccount-controller"])
             .apiserver_flags(&[
                 "--max-requests-inflight=10000",
                 "--max-mutating-requests-inflight=10000",
