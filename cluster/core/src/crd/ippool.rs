@@ -89,7 +89,7 @@ pub struct IpPoolSpec {
     /// The Services that get addresses out of `services`, by their labels. Absent: all Services.
     pub service_selector: Option<LabelSelector>,
     /// Whether a pod without the annotation kun.network/ipv4 has an IPv4 address, on the nodes that the pool selects. Absent: what
-    /// the node's configuration says.
+    /// the node's configuration says. Not acted on yet: `ipam.defaultClass` of kun.yaml decides on every node.
     pub ipv4_by_default: Option<bool>,
     /// The most blocks of each class that one node gets out of this pool. Absent: no limit of its own.
     #[schemars(range(min = 1, max = 1024))]
