@@ -148,7 +148,7 @@ impl Desk {
     fn take(&self, store: &mut Store, event: &Event) {
         match event {
             Event::Deltas(deltas) => deltas.iter().for_each(|delta| apply(store, delta)),
-            Event::Synced | Event::Partial | Event::Whole => {}
+            Event::Synced | Event::Partial | Event::Whole | Event::Reached(..) => {}
             Event::Trouble(trouble) => {
                 self.counted.troubles.inc();
                 tracing::warn!("{trouble}");
