@@ -241,7 +241,12 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// Condition Ready.
     pub ready: bool,
+    /// Condition [`NICS_LEFT`], as the node's agent wrote it last.
+    pub nics_left: Option<bool>,
 }
+
+/// The type of the Node's condition that says whether interfaces of pods that are gone are still there.
+pub const NICS_LEFT: &str = "kun.network/VirtualNICNotReclaimed";
 
 impl Node {
     /// Its zone.

@@ -25,7 +25,9 @@ impl Scope {
         match self {
             Self::All | Self::Node(_) => None,
             Self::Namespace(namespace) => Some(namespace),
-            Self::Named(name) => Some(&name.namespace).filter(|n| !n.is_empty()).map(|n| &**n),
+            Self::Named(name) => Some(&name.namespace)
+                .filter(|n| !n.is_empty())
+                .map(|n| &**n),
         }
     }
 

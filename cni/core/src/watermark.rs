@@ -405,7 +405,10 @@ mod tests {
         assert_eq!(publisher.due(Revision(510), at(5), 0.5), None);
         // The jitter is drawn once.
         assert_eq!(publisher.due(Revision(511), at(9), 1.0), None);
-        assert_eq!(publisher.due(Revision(512), at(10), 1.0), Some(Revision(512)));
+        assert_eq!(
+            publisher.due(Revision(512), at(10), 1.0),
+            Some(Revision(512))
+        );
     }
 
     /// Ten thousand nodes that apply revisions at their own pace: what the fold says, every node that is alive has applied.
@@ -414,9 +417,8 @@ mod tests {
         let period = Duration::from_secs(120);
         let mut fold = Fold::new(ABSENCE);
         // Even, and of one node's two draws none says anything about the other.
-        let jitter = |n: usize, draw: usize| {
-            (n.wrapping_mul(6151 + 2 * draw) ^ (n >> 3) * draw) % 10_007
-        };
+        let jitter =
+            |n: usize, draw: usize| (n.wrapping_mul(6151 + 2 * draw) ^ (n >> 3) * draw) % 10_007;
         let jitter = |n, draw| jitter(n, draw) as f64 / 10_007.0;
         let mut publishers: Vec<(String, Publisher, u64)> = (0..10_000)
             .map(|n| {

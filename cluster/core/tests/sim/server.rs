@@ -151,7 +151,8 @@ impl Server {
     }
 
     fn remember(&mut self) {
-        let namespaces = (self.data.objects.iter()).filter(|((kind, _), _)| *kind == Kind::Namespace);
+        let namespaces =
+            (self.data.objects.iter()).filter(|((kind, _), _)| *kind == Kind::Namespace);
         let state = namespaces.map(|((_, name), stored)| (name.clone(), stored.uid.clone()));
         self.data.states.insert(self.data.rev, state.collect());
     }

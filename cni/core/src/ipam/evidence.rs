@@ -152,7 +152,9 @@ impl Seen {
             match (revision, self.behind(watermark)) {
                 (_, Some(missing)) => self.why.push(missing),
                 // Changes came in just now: what was clear so far still is, but this look is none to decide by.
-                (None, None) => self.why.push("the revision looked at is not known yet".to_owned()),
+                (None, None) => self
+                    .why
+                    .push("the revision looked at is not known yet".to_owned()),
                 (Some(_), None) => {}
             }
         }
