@@ -78,18 +78,25 @@ pub fn published(lease: &Lease) -> Option<Published> {
     })
 }
 
-/// The fold's annotations; `null` removes one in a merge patch.
-pub fn fold_annotations(fold: &Fold) -> [(&'static str, Option<String>); 2] {
-    let names = fold.slowest.iter().take(MAX_NAMES);
+/// The fold's annotations. Empty: not known.
+pub fn fold_annotations(fold: &Fold) -> [(&'static str, String); 2] {
+    let names: Vec<&str> = (fold.slowest.iter().take(MAX_NAMES))
+        .map(String::as_str)
+        .collect();
+    let revision = fold.revision.map(|r| r.to_string());
     [
-        (REVISION, fold.revision.map(|r| r.to_string())),
-        (SLOWEST, Some(names.cloned().collect::<Vec<_>>().join(","))),
+        (REVISION, revision.unwrap_or_default()),
+        (SLOWEST, names.join(",")),
     ]
 }
 
 /// What the fold's Lease says.
 pub fn fold(lease: &Lease) -> Fold {
-    let text = |key| lease.meta.annotations.get(key);
+    fold_in(|key| lease.meta.annotations.get(key).map(|text| &**text))
+}
+
+/// The same of annotations, wherever they are.
+pub fn fold_in<'a>(text: impl Fn(&str) -> Option<&'a str>) -> Fold {
     let names = text(SLOWEST).map(|names| names.split(','));
     let names = names.into_iter().flatten().filter(|name| !name.is_empty());
     Fold {

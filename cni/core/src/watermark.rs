@@ -154,7 +154,7 @@ pub struct Fold {
 }
 
 /// What comes of folding.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Folded {
     /// `None` while a node that counts is unknown, and without nodes.
     pub minimum: Option<Watermark>,
