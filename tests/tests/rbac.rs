@@ -333,9 +333,10 @@ spec: {type: LoadBalancer, ports: [{port: 80}]}
     }
 
     fn may_in(&self, account: &str, namespace: &str) -> BTreeSet<Right> {
-        let review = json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview",
+        let review =
+            json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview",
             "spec": {"namespace": namespace}})
-        .to_string();
+            .to_string();
         let words = [
             "create",
             "--validate=false",

@@ -401,6 +401,8 @@ pub struct Reached {
     /// The list that the view began with. Since then every change has been told; what was before that list and after the one
     /// before it has not.
     pub since: u64,
+    /// The last change, or that list: from here to `at` nothing was different.
+    pub changed: u64,
     /// Everything up to here is told.
     pub at: u64,
 }

@@ -239,12 +239,10 @@ impl Sim {
                     && !self.server.lied
                 {
                     let of_kind = self.told.values().filter(|o| o.kind() == kind);
-                    self.server.had(reached.since);
-                    assert_eq!(
-                        self.server.had(reached.at),
-                        sim::server::names_and_uids(of_kind),
-                        "at {reached:?}"
-                    );
+                    let told = sim::server::names_and_uids(of_kind);
+                    assert!(reached.since <= reached.changed && reached.changed <= reached.at);
+                    assert_eq!(self.server.had(reached.at), told, "at {reached:?}");
+                    assert_eq!(self.server.had(reached.changed), told, "at {reached:?}");
                     self.reached += 1;
                 }
             }

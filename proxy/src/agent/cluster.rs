@@ -55,7 +55,7 @@ impl View {
         Between {
             touched: std::mem::take(&mut slices.touched),
             listed_anew: std::mem::take(&mut slices.listed_anew),
-            revision: slices.reached.map(|r| r.at),
+            revision: slices.reached.map(|r| r.changed),
         }
     }
 
@@ -115,7 +115,7 @@ pub(crate) struct Between {
     pub(crate) touched: HashSet<IpAddr>,
     /// All of them may have been.
     pub(crate) listed_anew: bool,
-    /// Which state the store has now.
+    /// Since which revision the store has been as it is: other nodes need not wait for a bookmark that this one has had.
     pub(crate) revision: Option<u64>,
 }
 

@@ -390,7 +390,16 @@ impl Watch {
             self.silent_streams = 0;
             self.reached = self.reached.and_then(|before| {
                 let at = number(&version)?;
-                Some(Reached { at, ..before })
+                let changed = if event.kind == "BOOKMARK" {
+                    before.changed
+                } else {
+                    at
+                };
+                Some(Reached {
+                    changed,
+                    at,
+                    ..before
+                })
             });
             self.version = Some(version);
         }
@@ -414,7 +423,11 @@ impl Watch {
         }
         cx.deltas.append(&mut self.held);
         self.held = Vec::new();
-        self.reached = number(&version).map(|at| Reached { since: at, at });
+        self.reached = number(&version).map(|at| Reached {
+            since: at,
+            changed: at,
+            at,
+        });
         self.version = Some(version);
         self.why = Why::Gone;
         self.synced = true;
