@@ -418,7 +418,7 @@ mod tests {
         let mut fold = Fold::new(ABSENCE);
         // Even, and of one node's two draws none says anything about the other.
         let jitter =
-            |n: usize, draw: usize| (n.wrapping_mul(6151 + 2 * draw) ^ (n >> 3) * draw) % 10_007;
+            |n: usize, draw: usize| (n.wrapping_mul(6151 + 2 * draw) ^ ((n >> 3) * draw)) % 10_007;
         let jitter = |n, draw| jitter(n, draw) as f64 / 10_007.0;
         let mut publishers: Vec<(String, Publisher, u64)> = (0..10_000)
             .map(|n| {
