@@ -16,6 +16,7 @@ pub mod ipam;
 pub mod keeper;
 pub mod kernel;
 pub mod look;
+mod namespaces;
 pub mod netlink;
 pub mod netns;
 pub mod plugin;
