@@ -63,7 +63,7 @@ pub(crate) fn allocate(
         Response::Unavailable { slot, because } => {
             let address = config.ipam.pod_prefix.address(slot);
             Err(unavailable(
-                &match v4(slot) {
+                &match slot.v4() {
                     Some(v4) => format!("{v4} ({address})"),
                     None => address.to_string(),
                 },
@@ -71,13 +71,6 @@ pub(crate) fn allocate(
             ))
         }
         other => Err(unexpected("Allocate", other)),
-    }
-}
-
-fn v4(slot: kun_config::types::Slot) -> Option<std::net::Ipv4Addr> {
-    match slot.class() {
-        kun_config::types::SlotClass::Dual => Some(slot.ipv4()),
-        kun_config::types::SlotClass::V6Only => None,
     }
 }
 

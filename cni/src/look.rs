@@ -18,7 +18,6 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use crate::ipam::v4;
 use crate::kernel::{self, KernelError};
 use crate::netlink::{Link, NetlinkError, Rtnl};
 
@@ -186,7 +185,7 @@ impl Sight {
 pub fn addresses(slot: Slot, prefix: PodPrefix) -> Vec<IpAddr> {
     let v6 = IpAddr::V6(prefix.address(slot));
     std::iter::once(v6)
-        .chain(v4(slot).map(IpAddr::V4))
+        .chain(slot.v4().map(IpAddr::V4))
         .collect()
 }
 
