@@ -598,6 +598,21 @@ impl Query {
         }
     }
 
+    /// Removes a neighbour entry.
+    pub fn remove_neighbour(index: u32, address: IpAddr) -> Self {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family(address);
+        message.header.ifindex = index;
+        message
+            .attributes
+            .push(NeighbourAttribute::Destination(address.into()));
+        Self {
+            message: RouteNetlinkMessage::DelNeighbour(message),
+            flags: 0,
+            asks: false,
+        }
+    }
+
     /// A route of ours in the main table. A route left over to the same destination gives way: the slot is ours now.
     pub fn route(index: u32, to: IpNet, via: Option<IpAddr>) -> Self {
         let mut message = RouteMessage::default();
