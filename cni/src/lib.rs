@@ -7,6 +7,7 @@
 
 mod addresses;
 pub mod allocator;
+mod alone;
 mod attach;
 pub mod clock;
 mod delegate;
