@@ -488,7 +488,7 @@ impl IpamService {
             slot: a.slot,
             generation: a.generation,
             v6: self.prefix.address(a.slot),
-            v4: v4(a.slot),
+            v4: a.slot.v4(),
             pod: control_pod(&a.owner.pod),
             delegated: a.owner.delegated,
         }
@@ -559,13 +559,6 @@ fn failed(error: IpamError) -> Response {
 
 pub(crate) fn round_up(duration: Duration) -> u64 {
     duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
-}
-
-pub(crate) fn v4(slot: Slot) -> Option<std::net::Ipv4Addr> {
-    match slot.class() {
-        SlotClass::Dual => Some(slot.ipv4()),
-        SlotClass::V6Only => None,
-    }
 }
 
 /// The core's form of a key.

@@ -7,6 +7,7 @@
 
 mod addresses;
 pub mod allocator;
+mod alone;
 mod attach;
 pub mod clock;
 mod delegate;
@@ -16,6 +17,7 @@ pub mod ipam;
 pub mod keeper;
 pub mod kernel;
 pub mod look;
+mod namespaces;
 pub mod netlink;
 pub mod netns;
 pub mod plugin;

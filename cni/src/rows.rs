@@ -8,7 +8,7 @@ use kun_cni_core::ipam::{BootTime, Ipam, Record, SlotState};
 use kun_config::types::{BlockId, PodPrefix, SlotClass};
 use kun_control::{AttachmentKey, BlockRow, PodRef, PoolRow, SlotRow};
 
-use crate::ipam::{control_key, control_pod, round_up, v4};
+use crate::ipam::{control_key, control_pod, round_up};
 
 /// The ranges that blocks come from, for people.
 #[derive(Debug, Clone)]
@@ -120,7 +120,7 @@ fn slot(core: &Ipam, record: &Record, prefix: PodPrefix, now: BootTime) -> Optio
         state: state.into(),
         generation: record.generation,
         v6: prefix.address(record.slot),
-        v4: v4(record.slot),
+        v4: record.slot.v4(),
         key: owner.map_or_else(no_key, |owner| control_key(&owner.key)),
         pod: owner.map_or_else(PodRef::default, |owner| control_pod(&owner.pod)),
         free_in_secs,

@@ -436,6 +436,13 @@ pub fn restore(facts: &Facts, host: &str) -> Vec<Op> {
     of_host.flat_map(reach).collect()
 }
 
+/// What the going down of the pod's end of this pair takes away: IPv6 addresses too, and routes and neighbours of both families.
+pub fn restore_in_pod(facts: &Facts, host: &str) -> Vec<Op> {
+    let pairs = facts.pairs();
+    let of_host = pairs.iter().filter(|pair| pair.host == host);
+    of_host.flat_map(pod_address_ops).collect()
+}
+
 /// DEL's part in the kernel: by name, whatever of ADD was reached.
 pub fn del(key: &Key) -> Vec<Undo> {
     [Carries::V4, Carries::V6]

@@ -26,7 +26,7 @@ use kun_cni::ipam::{IpamError, IpamService};
 use kun_config::Config;
 use kun_config::types::SlotClass;
 use kun_control::Fact;
-use kun_ebpf_loader::{Adopted, Error as EbpfError, Nat64Error};
+use kun_ebpf_loader::{Adopted, Error as EbpfError, FlowRecords, Nat64Error};
 use kun_proxy::{EbpfBackend, Proxy};
 use kun_proxy_core::Here;
 use kun_telemetry::{Health, LoadError, LogsError, ServeError};
@@ -39,6 +39,7 @@ mod answers;
 mod attachments;
 mod cluster;
 mod dataplane;
+mod flows;
 mod limits;
 mod links;
 mod lists;
@@ -196,6 +197,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         dataplane,
         adopted,
         kernel,
+        flows,
     } = open_dataplane(&config, metrics.clone(), Arc::clone(&facts))?;
     let system = |what| move |source| AgentError::System { what, source };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -211,6 +213,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
     let view = Arc::new(View::default());
     let blocks = Arc::new(Blocks::new(config.clone(), Arc::clone(&ipam), facts));
     let (queue, messages) = sync_channel(dataplane::QUEUE);
+    let gateway = config.nat64.gateway.is_some().then(|| queue.clone());
     let answers = Arc::new(Answers {
         config: config.clone(),
         started,
@@ -222,7 +225,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         announcer: announcer.clone(),
         kernel,
         programmed: dataplane.programmed(),
-        leaks: addresses::Leaks::default(),
+        leaks: addresses::Leaks::new(flows::Flows::new(flows, gateway)),
     });
     let dataplane = reattach(dataplane, &answers)?;
     let worker = std::thread::Builder::new()
@@ -253,6 +256,8 @@ struct Opened {
     adopted: bool,
     /// What the kernel lacks.
     kernel: Vec<Fact>,
+    /// The flow records, for a thread of its own.
+    flows: FlowRecords,
 }
 
 fn open_dataplane(
@@ -308,6 +313,7 @@ fn join_dataplane(
         zone: None,
     };
     let limits = backend.limits();
+    let flows = backend.flow_records()?;
     let (proxy, observed) = Proxy::adopt(here, limits, backend)?;
     let adopted = found.maps > 0;
     if adopted {
@@ -331,6 +337,7 @@ fn join_dataplane(
         ),
         adopted,
         kernel,
+        flows,
     })
 }
 
