@@ -352,7 +352,10 @@ fn range(path: &str, entry: &Value) -> Result<AddressRange, ConfigError> {
     let Value::Object(map) = entry else {
         return Err(field(path, entry, "it is {\"subnet\": \"10.64.0.0/24\"}"));
     };
-    if map.get("gateway").is_some_and(|g| !g.is_null()) {
+    let map = spelled(map, &["gateway", "subnet", "rangeStart", "rangeEnd"]);
+    // containerd writes what is not given as empty text.
+    let given = |value: &&Value| !value.is_null() && value.as_str() != Some("");
+    if map.get("gateway").filter(given).is_some() {
         return Err(ConfigError::Unsupported {
             field: format!("{path}.gateway"),
             instead: "a pod's next hop is link-local: leave it out",
@@ -370,8 +373,8 @@ fn range(path: &str, entry: &Value) -> Result<AddressRange, ConfigError> {
             "its host bits are zero",
         ));
     }
-    let bound = |key: &str, default: IpAddr| match map.get(key) {
-        None | Some(Value::Null) => Ok(default),
+    let bound = |key: &str, default: IpAddr| match map.get(key).filter(given) {
+        None => Ok(default),
         Some(value) => {
             let path = format!("{path}.{key}");
             let ip = address(&path, value)?;
@@ -422,6 +425,8 @@ fn bandwidth(
 ) -> Result<(Option<RateLimit>, Option<RateLimit>), ConfigError> {
     const PATH: &str = "runtimeConfig.bandwidth";
     let map = object(runtime, "bandwidth", PATH)?;
+    let keys = ["ingressRate", "ingressBurst", "egressRate", "egressBurst"];
+    let map = spelled(&map, &keys);
     let number = |key: &str| match map.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(value) => value
@@ -536,6 +541,19 @@ fn ports(runtime: &Map<String, Value>) -> Result<Vec<PortMapping>, ConfigError> 
     Ok(ports)
 }
 
+/// The conventions' spelling of keys that differ from it in case: Go's decoder, which every other plugin reads with, takes them all,
+/// and containerd writes `HostPort`.
+fn spelled(map: &Map<String, Value>, keys: &[&str]) -> Map<String, Value> {
+    let mut out = map.clone();
+    for &key in keys {
+        let other = map.iter().find(|(k, _)| k.eq_ignore_ascii_case(key));
+        if let Some((_, value)) = other.filter(|_| !map.contains_key(key)) {
+            out.insert(key.to_owned(), value.clone());
+        }
+    }
+    out
+}
+
 fn port(path: &str, entry: &Value) -> Result<PortMapping, ConfigError> {
     let Value::Object(map) = entry else {
         return Err(field(
@@ -544,6 +562,7 @@ fn port(path: &str, entry: &Value) -> Result<PortMapping, ConfigError> {
             "it is {\"hostPort\", \"containerPort\", \"protocol\", \"hostIP\"}",
         ));
     };
+    let map = spelled(map, &["hostPort", "containerPort", "protocol", "hostIP"]);
     let number = |key: &str| {
         let value = map.get(key).unwrap_or(&Value::Null);
         value
@@ -590,6 +609,15 @@ fn dns(
             continue;
         };
         let dns = object(map, "dns", path)?;
+        let keys = [
+            "nameservers",
+            "servers",
+            "search",
+            "searches",
+            "options",
+            "domain",
+        ];
+        let dns = spelled(&dns, &keys);
         // The `dns` capability calls them otherwise than the result does.
         let pairs = [
             ("nameservers", "servers", "nameservers"),
@@ -603,7 +631,11 @@ fn dns(
             let list = list(&dns, key, &path)?;
             for (i, entry) in list.iter().enumerate() {
                 let right = match (told, entry.as_str()) {
-                    ("nameservers", Some(text)) => text.parse::<IpAddr>().is_ok(),
+                    // A host's resolv.conf may name one on a link: `fe80::1%eth0`.
+                    ("nameservers", Some(text)) => {
+                        let address = text.split_once('%').map_or(text, |(address, _)| address);
+                        address.parse::<IpAddr>().is_ok()
+                    }
                     (_, text) => text.is_some_and(|t| !t.is_empty()),
                 };
                 if !right {
