@@ -110,10 +110,19 @@ impl Store {
         let file = std::fs::OpenOptions::new()
             .read(true)
             .write(true)
-            .create(true)
-            .truncate(false)
             .open(path)
             .map_err(|e| io(path, &e))?;
+        // It would be taken for a new one, in which nobody has an address. Ours have their name only once they are whole.
+        if file.metadata().map_err(|e| io(path, &e))?.len() == 0 {
+            return Err(StoreError::Damaged {
+                path: path.to_owned(),
+                what: "the file is empty".to_owned(),
+            });
+        }
+        Self::on_file(path, file)
+    }
+
+    fn on_file(path: &Path, file: File) -> Result<Self, StoreError> {
         let backend = FileBackend::new(file).map_err(|e| cannot_open(path, e))?;
         Self::on(path, Disk::new(backend))
     }
@@ -229,6 +238,11 @@ impl Store {
         let path = self.path.clone();
         match error.into() {
             redb::Error::Corrupted(what) => StoreError::Damaged { path, what },
+            // A page that is named and not there.
+            redb::Error::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+                let what = e.to_string();
+                StoreError::Damaged { path, what }
+            }
             other => StoreError::Io {
                 path,
                 what: other.to_string(),
@@ -250,9 +264,12 @@ fn cannot_open(path: &Path, error: DatabaseError) -> StoreError {
         | DatabaseError::Storage(redb::StorageError::Corrupted(_)) => {
             StoreError::Damaged { path, what }
         }
-        // Not a redb file at all is told as InvalidData.
+        // Not a redb file at all is told as InvalidData; one that is shorter than its head says, as UnexpectedEof.
         DatabaseError::Storage(redb::StorageError::Io(e))
-            if e.kind() == std::io::ErrorKind::InvalidData =>
+            if matches!(
+                e.kind(),
+                std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof
+            ) =>
         {
             StoreError::Damaged { path, what }
         }
@@ -268,7 +285,13 @@ fn create(state_dir: &Path, path: &Path) -> Result<(), StoreError> {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(&new, &e)),
         Ok(()) | Err(_) => {}
     }
-    drop(Store::open_file(&new)?);
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&new)
+        .map_err(|e| io(&new, &e))?;
+    drop(Store::on_file(&new, file)?);
     let placed = File::open(&new)
         .and_then(|file| file.sync_all())
         // Not renamed over: another process may have been faster, and somebody may have an address from its store.

@@ -222,7 +222,7 @@ impl Answers {
                     false => format!("{} carries it", carrying.join(", ")),
                 };
                 return failed(format!(
-                    "{slot} is pod {}/{}'s, container {}: {what}; delete the pod, or force it",
+                    "{slot} is pod {}/{}'s, container {}: {what}; delete the pod, or give --force",
                     allocation.pod.namespace, allocation.pod.name, allocation.key.container_id
                 ));
             }

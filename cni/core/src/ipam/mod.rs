@@ -377,7 +377,7 @@ impl Ipam {
             (Some(live), Choice::Within { .. }) => {
                 unavailable(live.slot, Unavailable::HasAnother(live.slot))
             }
-            (None, Choice::Slot(slot)) => match self.obstacle(*slot, now) {
+            (None, Choice::Slot(slot)) => match self.obstacle(*slot, &owner.key, now) {
                 Some(because) => unavailable(*slot, because),
                 None => self.take(*slot, owner, now, effects),
             },
@@ -388,7 +388,7 @@ impl Ipam {
         }
     }
 
-    /// Gives a free slot to its owner.
+    /// Gives a slot that nothing is in the way of to its owner.
     fn take(
         &mut self,
         slot: Slot,
@@ -409,6 +409,7 @@ impl Ipam {
             },
         };
         self.live.insert(owner.key.clone(), slot);
+        self.seen.remove(&slot);
         self.put(record, effects);
         Reply::Allocated(Allocation {
             slot,
@@ -417,13 +418,22 @@ impl Ipam {
         })
     }
 
-    /// Why one slot cannot be had now; `None`: it can.
-    fn obstacle(&self, slot: Slot, now: BootTime) -> Option<Unavailable> {
+    /// Why one slot cannot be had now by this attachment; `None`: it can.
+    fn obstacle(&self, slot: Slot, key: &Key, now: BootTime) -> Option<Unavailable> {
         let in_use = slot.0 - slot.block().first().0 < self.rules.slots_per_block;
         let state = self.records.get(&slot).map(|record| &record.state);
         match state {
             Some(SlotState::Allocated { owner, .. }) => Some(Unavailable::Allocated(owner.clone())),
             _ if !self.is_owned(slot.block()) || !in_use => Some(Unavailable::NotOurs),
+            // Whoever still sends there means this very container: a runtime sets its network up anew, or starts it again.
+            Some(
+                SlotState::Cooling {
+                    owner: Some(last), ..
+                }
+                | SlotState::Quarantined {
+                    owner: Some(last), ..
+                },
+            ) if last.key == *key => None,
             Some(SlotState::Cooling { since, .. }) => {
                 let left = self.remaining(*since, now);
                 Some(match left.is_zero() {
@@ -636,14 +646,15 @@ impl Ipam {
 
     fn cool_block(&mut self, block: BlockId, now: BootTime, effects: &mut Vec<Effect>) {
         for slot in self.rules.slots(block) {
-            let (generation, owner) = match self.records.get(&slot) {
-                None => (self.floor, None),
+            let generation = match self.records.get(&slot) {
+                None => self.floor,
                 Some(record) => match &record.state {
                     SlotState::Allocated { .. } => continue,
-                    state => (record.generation, state.owner().cloned()),
+                    _ => record.generation,
                 },
             };
-            self.start_cooling(slot, generation, owner, now, effects);
+            // Whom we know to have had it need not be the last.
+            self.start_cooling(slot, generation, None, now, effects);
         }
     }
 }

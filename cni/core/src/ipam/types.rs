@@ -254,7 +254,7 @@ pub enum Command {
         class: SlotClass,
     },
     /// A slot for the key out of these: the one it has if it is one of them, else the first that is free. A fixed address cools
-    /// like any other.
+    /// like any other, but for the attachment that had it last: it alone can be meant by whoever still sends there.
     AllocateOf {
         /// For whom.
         owner: Owner,
