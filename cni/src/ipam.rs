@@ -10,7 +10,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use kun_cni_core::ipam::{
-    Choice, Command, Effect, Ipam, Key, Needs, Owner, Pod, Reply, Rules, Unavailable, Watermark,
+    Choice, Command, Effect, Ipam, Key, Needs, Owner, Pod, Reply, Rules, Unavailable,
 };
 use kun_config::types::{BlockId, PodPrefix, Slot, SlotClass};
 use kun_config::{ClusterSource, Config};
@@ -20,7 +20,9 @@ use crate::rows;
 use crate::spool::Spool;
 use crate::store::{Store, StoreError};
 
-pub use kun_cni_core::ipam::{BootId, BootTime, ClusterLook, Look, Unforgotten};
+pub use kun_cni_core::ipam::{
+    BootId, BootTime, ClusterLook, Look, Revision, Unforgotten, Watermark,
+};
 
 /// How long a starting agent waits for plugins that have the store open: each holds it for milliseconds.
 pub const OPEN_WITHIN: Duration = Duration::from_secs(10);
@@ -523,11 +525,7 @@ impl IpamService {
 fn needs(source: &ClusterSource) -> Needs {
     match source {
         ClusterSource::Folder(_) => Needs::FOLDER,
-        // Nobody publishes watermarks yet: what nobody gives is not waited for.
-        ClusterSource::Kubernetes { .. } => Needs {
-            watermark: false,
-            ..Needs::API
-        },
+        ClusterSource::Kubernetes { .. } => Needs::API,
     }
 }
 

@@ -27,6 +27,7 @@ pub mod spool;
 pub mod store;
 
 use kun_cni_core::names;
+pub use kun_cni_core::watermark;
 use kun_config::Interfaces;
 use kun_config::types::SlotClass;
 use kun_control::AttachmentKey;

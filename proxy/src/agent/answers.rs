@@ -18,9 +18,11 @@ use super::addresses::Leaks;
 use super::announce::Announcer;
 use super::attachments::Attachment;
 use super::cluster::{Blocks, View};
+use super::condition::Left;
 use super::dataplane::{Message, Report, fact};
 use super::node;
 use super::records::{Record, Records};
+use super::watermark::Watermarks;
 
 /// How long the dataplane may take: it looks at its queue between the changes of a few Services, and a grace period takes 13 ms.
 const DATAPLANE_WITHIN: Duration = Duration::from_secs(10);
@@ -39,6 +41,10 @@ pub(crate) struct Answers {
     pub(crate) kernel: Vec<Fact>,
     pub(crate) programmed: Arc<AtomicBool>,
     pub(crate) leaks: Leaks,
+    /// Where the cluster is read from an API server.
+    pub(crate) watermark: Option<Watermarks>,
+    /// What the node's condition says.
+    pub(crate) left: Left,
 }
 
 impl Answers {
@@ -405,6 +411,7 @@ impl Answers {
                 ));
             }
         }
+        facts.extend(self.watermark.iter().flat_map(Watermarks::facts));
         facts.extend(
             self.blocks
                 .trouble()

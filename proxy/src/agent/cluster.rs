@@ -1,13 +1,15 @@
 //! The cluster source: every event into the store, to the dataplane, and, where it is about blocks, to the addresses.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ipnet::IpNet;
 use kun_cluster::{
-    Delta, Event, Following, IpamBlock, Kind, Source, SourceError, Store, Troubles, Wanted,
+    Delta, Event, Following, IpamBlock, Kind, Object, Reached, Source, SourceError, Store,
+    Troubles, Wanted,
 };
 use kun_cni::clock;
 use kun_cni::ipam::{IpamError, IpamService};
@@ -26,6 +28,8 @@ const FIRST_EPOCH: i64 = 1;
 #[derive(Debug, Default)]
 pub(crate) struct View {
     store: Mutex<Store>,
+    /// Locked while the store is, or after.
+    slices: Mutex<Slices>,
     synced: AtomicBool,
     /// Manifests are missing that an earlier life may have known.
     partial: AtomicBool,
@@ -39,6 +43,22 @@ impl View {
         self.store.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What happened to these addresses in EndpointSlices since the last call, which named some of them, and which revision the
+    /// store is of. Asks for the store, so that all of it is said of one state.
+    pub(crate) fn between_looks(
+        &self,
+        _store: &Store,
+        addresses: impl Iterator<Item = IpAddr>,
+    ) -> Between {
+        let mut slices = self.slices.lock().unwrap_or_else(PoisonError::into_inner);
+        slices.waited = addresses.collect();
+        Between {
+            touched: std::mem::take(&mut slices.touched),
+            listed_anew: std::mem::take(&mut slices.listed_anew),
+            revision: slices.reached.map(|r| r.changed),
+        }
+    }
+
     /// Whether the first snapshot is complete.
     pub(crate) fn synced(&self) -> bool {
         self.synced.load(Ordering::Acquire)
@@ -47,6 +67,19 @@ impl View {
     /// Whether every object is known that there is: an address that no object holds is then held by none.
     pub(crate) fn whole(&self) -> bool {
         self.synced() && !self.partial.load(Ordering::Acquire)
+    }
+
+    /// metadata.uid of a Node that is looked at.
+    pub(crate) fn node_uid(&self, name: &str) -> Option<Arc<str>> {
+        let store = self.store();
+        store.node(name).map(|node| Arc::clone(&node.meta.uid))
+    }
+
+    /// The same, and what its condition says.
+    pub(crate) fn nics_left(&self, name: &str) -> Option<(Arc<str>, Option<bool>)> {
+        let store = self.store();
+        let node = store.node(name)?;
+        Some((Arc::clone(&node.meta.uid), node.nics_left))
     }
 
     /// What the source complains about now: its first line, and how many there are more.
@@ -60,6 +93,57 @@ impl View {
     }
 }
 
+/// What a look has to know of EndpointSlices besides what is in the store.
+#[derive(Debug, Default)]
+struct Slices {
+    /// `None` while changes are in the store whose revision has not been told yet.
+    reached: Option<Reached>,
+    /// The list that the view began with.
+    since: Option<u64>,
+    /// Addresses that the last look was about. Bounded by the slots that cool.
+    waited: HashSet<IpAddr>,
+    /// Of these, the ones that a slice has named since: a look that finds them gone again must not take them for never there.
+    touched: HashSet<IpAddr>,
+    /// What was between two lists, nobody told.
+    listed_anew: bool,
+}
+
+/// What happened since the last look.
+#[derive(Debug, Default)]
+pub(crate) struct Between {
+    /// Addresses that were in a slice at some time.
+    pub(crate) touched: HashSet<IpAddr>,
+    /// All of them may have been.
+    pub(crate) listed_anew: bool,
+    /// Since which revision the store has been as it is: other nodes need not wait for a bookmark that this one has had.
+    pub(crate) revision: Option<u64>,
+}
+
+impl Slices {
+    /// Called with the store locked, before anybody else sees the change in it.
+    fn change(&mut self, delta: &Delta) {
+        match delta {
+            Delta::Upsert(Object::EndpointSlice(slice)) => {
+                self.reached = None;
+                let named = slice.endpoints.iter().map(|e| e.address);
+                self.touched
+                    .extend(named.filter(|a| self.waited.contains(a)));
+            }
+            // What it had was in the store, or was touched, since the last look.
+            Delta::Remove(Kind::EndpointSlice, _) => self.reached = None,
+            Delta::Upsert(_) | Delta::Remove(..) => {}
+        }
+    }
+
+    fn reach(&mut self, reached: Option<Reached>) {
+        self.reached = reached;
+        let since = reached.map(|r| r.since);
+        self.listed_anew |= since.is_some() && since != self.since;
+        // Unknown for a while: what comes next counts as another list.
+        self.since = since;
+    }
+}
+
 /// What a node looks at. Of nodes, pods and blocks, a node that asks the API reads its own: ten thousand that each read all would be
 /// the API server's whole load. A folder is read whole in any case, and who else owns a block is told while it is partial.
 fn wanted(config: &Config) -> Wanted {
@@ -67,9 +151,12 @@ fn wanted(config: &Config) -> Wanted {
     let wanted = Wanted::new().all([Kind::Service, Kind::EndpointSlice]);
     match &config.cluster {
         ClusterSource::Folder(_) => wanted.all(own),
-        ClusterSource::Kubernetes { .. } => own.into_iter().fold(wanted, |wanted, kind| {
-            wanted.of_node(kind, &config.node.name)
-        }),
+        ClusterSource::Kubernetes { .. } => own
+            .into_iter()
+            .fold(wanted, |wanted, kind| {
+                wanted.of_node(kind, &config.node.name)
+            })
+            .revisions_of(Kind::EndpointSlice),
     }
 }
 
@@ -95,10 +182,12 @@ fn on_event(event: &Event, view: &View, blocks: &Blocks) {
     match event {
         Event::Deltas(deltas) => {
             let mut store = view.store();
+            let mut slices = view.slices.lock().unwrap_or_else(PoisonError::into_inner);
             for delta in deltas {
+                slices.change(delta);
                 store.apply(delta.clone());
             }
-            drop(store);
+            drop((slices, store));
             if view.synced() && deltas.iter().any(about_blocks) {
                 blocks.refresh(view);
             }
@@ -118,6 +207,10 @@ fn on_event(event: &Event, view: &View, blocks: &Blocks) {
             view.partial.store(false, Ordering::Release);
             tracing::info!("all manifests are read: what none of them explains goes");
             blocks.refresh(view);
+        }
+        Event::Reached(_, reached) => {
+            let mut slices = view.slices.lock().unwrap_or_else(PoisonError::into_inner);
+            slices.reach(*reached);
         }
         Event::Trouble(what) => tracing::warn!("{what}"),
     }

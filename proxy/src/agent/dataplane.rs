@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use kun_bgp::Datapath;
-use kun_cluster::Event;
+use kun_cluster::{Event, Reached};
 use kun_cni::clock;
 use kun_config::Config;
 use kun_control::{AttachmentKey, Fact};
@@ -24,6 +24,7 @@ use super::attachments::{Attachment, Attachments};
 use super::limits::Limiter;
 use super::metrics::Metrics;
 use super::translator::Translator;
+use super::watermark::Applied;
 use super::{links, node};
 
 /// Messages that may wait. The cluster source then waits too; nothing is lost.
@@ -120,6 +121,9 @@ pub(crate) struct Dataplane {
     uplinks: BTreeMap<String, u32>,
     complaints: BTreeMap<String, String>,
     programmed: Arc<AtomicBool>,
+    /// The revision that was taken in last; what came before it may still be planned.
+    reached: Option<Reached>,
+    applied: Arc<Applied>,
     batch: Option<Batch>,
     synced_once: bool,
     failing: Option<Failing>,
@@ -164,6 +168,8 @@ impl Dataplane {
             uplinks: BTreeMap::new(),
             complaints: BTreeMap::new(),
             programmed: Arc::default(),
+            reached: None,
+            applied: Arc::default(),
             batch: None,
             synced_once: false,
             failing: None,
@@ -174,6 +180,11 @@ impl Dataplane {
     /// Set once the first synced plan is in the kernel.
     pub(crate) fn programmed(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.programmed)
+    }
+
+    /// Which revision of the EndpointSlices the maps hold.
+    pub(crate) fn applied(&self) -> Arc<Applied> {
+        Arc::clone(&self.applied)
     }
 
     /// Does all that an attachment asks for, or nothing of its limits and host ports. What it had before is replaced.
@@ -426,6 +437,7 @@ impl Dataplane {
 
     fn on_message(&mut self, message: Message) {
         match message {
+            Message::Cluster(Event::Reached(_, reached)) => self.reach(reached),
             Message::Cluster(event) => {
                 self.proxy.on_event(&event);
                 if self.proxy.planner().synced() {
@@ -472,6 +484,22 @@ impl Dataplane {
             }
             Message::Stop => {}
         }
+    }
+
+    /// A revision was taken in: everything before it came through the same queue.
+    fn reach(&mut self, reached: Option<Reached>) {
+        self.reached = reached;
+        // What it takes back is taken back at once, also while ops fail.
+        if reached.is_none() || self.batch.is_none() {
+            self.tell_applied();
+        }
+    }
+
+    /// Called when nothing that was taken in is left to plan and no op has failed. While adopted state is held that no object
+    /// explains, it may be what a slice that nobody could read has long given up.
+    fn tell_applied(&self) {
+        let whole = self.synced_once && !self.proxy.planner().partial();
+        self.applied.set(self.reached.filter(|_| whole));
     }
 
     fn advance(&mut self) {
@@ -547,6 +575,7 @@ impl Dataplane {
         for (service, problem) in self.proxy.planner().problems().take(PROBLEMS_NAMED) {
             tracing::warn!(%service, "not served as written: {problem}");
         }
+        self.tell_applied();
         self.publish_facts();
     }
 

@@ -74,6 +74,10 @@ pub(crate) struct Metrics {
     nics_not_reclaimed: Gauge,
     objects: Family<KindLabel, Gauge>,
     synced: Gauge,
+    applied_revision: Gauge,
+    watermark: Gauge,
+    published: Counter,
+    publish_failures: Counter,
     nat64: Family<ReasonLabel, Gauge>,
 }
 
@@ -107,6 +111,10 @@ impl Metrics {
             nics_not_reclaimed: Gauge::default(),
             objects: Family::default(),
             synced: Gauge::default(),
+            applied_revision: Gauge::default(),
+            watermark: Gauge::default(),
+            published: Counter::default(),
+            publish_failures: Counter::default(),
             nat64: Family::default(),
         };
         let m = metrics.clone();
@@ -191,6 +199,26 @@ impl Metrics {
             m.synced,
         );
         registry.register(
+            "kun_watermark_applied_revision",
+            "Revision of the EndpointSlices that this node's dataplane holds; 0: not known",
+            m.applied_revision,
+        );
+        registry.register(
+            "kun_watermark_revision",
+            "Revision that all nodes have applied; 0: not known",
+            m.watermark,
+        );
+        registry.register(
+            "kun_watermark_published",
+            "Revisions that this node has published",
+            m.published,
+        );
+        registry.register(
+            "kun_watermark_publish_failures",
+            "Publications that the API server did not take; each is tried again",
+            m.publish_failures,
+        );
+        registry.register(
             "kun_nat64_stats",
             "Counters of the translator, by name",
             m.nat64,
@@ -264,7 +292,7 @@ impl Metrics {
     }
 
     /// Slots of a class.
-    pub(crate) fn leaks(&self, round: Round) {
+    pub(crate) fn leaks(&self, round: &Round) {
         self.leaks_reclaimed.inc_by(round.reclaimed);
         self.nics_not_reclaimed
             .set(i64::try_from(round.not_reclaimed).unwrap_or(i64::MAX));
@@ -291,6 +319,21 @@ impl Metrics {
                 kind: kind.to_owned(),
             })
             .set(count as i64);
+    }
+
+    /// What is applied here, and everywhere.
+    pub(crate) fn watermark(&self, applied: Option<i64>, all: Option<i64>) {
+        self.applied_revision.set(applied.unwrap_or_default());
+        self.watermark.set(all.unwrap_or_default());
+    }
+
+    /// A publication was taken, or not.
+    pub(crate) fn published(&self, taken: bool) {
+        if taken {
+            self.published.inc();
+        } else {
+            self.publish_failures.inc();
+        }
     }
 
     /// The cluster is synced, or not.

@@ -23,8 +23,8 @@ use kun_bgp::StartError;
 use kun_cluster::{Source, SourceError};
 use kun_cni::clock::{self, ClockError};
 use kun_cni::ipam::{IpamError, IpamService};
-use kun_config::Config;
 use kun_config::types::SlotClass;
+use kun_config::{ClusterSource, Config};
 use kun_control::Fact;
 use kun_ebpf_loader::{Adopted, Error as EbpfError, FlowRecords, Nat64Error};
 use kun_proxy::{EbpfBackend, Proxy};
@@ -36,8 +36,10 @@ use tokio::sync::watch;
 mod addresses;
 mod announce;
 mod answers;
+mod api_writes;
 mod attachments;
 mod cluster;
+mod condition;
 mod dataplane;
 mod flows;
 mod limits;
@@ -49,11 +51,14 @@ mod records;
 mod routes;
 mod server;
 mod translator;
+mod watermark;
 
 use announce::{Announcer, Facts};
 use answers::Answers;
+use api_writes::{Failures, TellError, Teller};
 use attachments::Attachment;
 use cluster::{Blocks, View};
+use condition::Left;
 use dataplane::{Dataplane, Message, fact};
 use limits::Limiter;
 use lists::Placed;
@@ -61,6 +66,7 @@ use metrics::Metrics;
 use records::Records;
 use server::{Server, SocketError};
 use translator::Translator;
+use watermark::Watermarks;
 
 /// How often slots are let go, blocks are tried again, and pods without programs are looked for.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
@@ -123,6 +129,9 @@ pub(crate) enum AgentError {
     /// The cluster source.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// What is written to it.
+    #[error(transparent)]
+    Tell(#[from] TellError),
     /// Threads or signals.
     #[error("the system refuses {what}: {source}")]
     System {
@@ -214,6 +223,15 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
     let blocks = Arc::new(Blocks::new(config.clone(), Arc::clone(&ipam), facts));
     let (queue, messages) = sync_channel(dataplane::QUEUE);
     let gateway = config.nat64.gateway.is_some().then(|| queue.clone());
+    let failures = Failures::default();
+    let watermark = match &config.cluster {
+        ClusterSource::Folder(_) => None,
+        source @ ClusterSource::Kubernetes { .. } => Some(Watermarks::follow(
+            source,
+            dataplane.applied(),
+            failures.clone(),
+        )?),
+    };
     let answers = Arc::new(Answers {
         config: config.clone(),
         started,
@@ -226,6 +244,8 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         kernel,
         programmed: dataplane.programmed(),
         leaks: addresses::Leaks::new(flows::Flows::new(flows, gateway)),
+        watermark,
+        left: Left::default(),
     });
     let dataplane = reattach(dataplane, &answers)?;
     let worker = std::thread::Builder::new()
@@ -233,6 +253,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         .spawn(move || dataplane.run(&messages))
         .map_err(system("a thread"))?;
     let following = cluster::follow(&config, source, Arc::clone(&view), blocks, queue.clone())?;
+    tell(&answers, &metrics, failures)?;
     housekeeping(Arc::clone(&answers), metrics, health, placed)?;
     server.serve(move |request| answers.answer(request))?;
     tracing::info!(node = config.node.name, adopted, took = ?started.elapsed(), "the agent runs");
@@ -391,6 +412,24 @@ fn start_bgp(
     Ok(Some(announcer))
 }
 
+/// What this node tells the API server, where there is one.
+fn tell(answers: &Answers, metrics: &Metrics, failures: Failures) -> Result<(), TellError> {
+    let ClusterSource::Kubernetes { kubeconfig } = &answers.config.cluster else {
+        return Ok(());
+    };
+    let view = || Arc::clone(&answers.view);
+    let condition = condition::Tell::new(&answers.config.node.name, view(), answers.left.clone());
+    let mut tellers: Vec<Box<dyn Teller>> = vec![Box::new(condition)];
+    if let Some(watermark) = &answers.watermark {
+        tellers.push(Box::new(watermark.teller(
+            &answers.config,
+            view(),
+            metrics.clone(),
+        )));
+    }
+    api_writes::start(kubeconfig.as_deref(), tellers, failures)
+}
+
 /// A thread that wakes every few seconds for as long as the process lives.
 fn housekeeping(
     answers: Arc<Answers>,
@@ -436,7 +475,11 @@ fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
     answers.tell_live();
     answers.blocks.refresh(&answers.view);
     if let Some(round) = answers.leaks.round(answers, now) {
-        metrics.leaks(round);
+        metrics.leaks(&round);
+        answers.left.set(round.left);
+    }
+    if let Some(watermark) = &answers.watermark {
+        watermark.count(metrics);
     }
     for (name, class) in [("dual", SlotClass::Dual), ("v6-only", SlotClass::V6Only)] {
         if let Ok(counts) = answers.ipam.counts(class, now) {
