@@ -24,6 +24,7 @@ mod rows;
 pub mod spool;
 pub mod store;
 
+pub use kun_cni_core::claims;
 use kun_cni_core::names;
 use kun_config::Interfaces;
 use kun_config::types::SlotClass;

@@ -9,10 +9,10 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
+use kun_cluster::api::read_answer;
 use kun_cluster::api::write::{WriteError, Writer};
 use kun_cluster::crd::{IpPoolSpec, Moment, status_to_json};
-use kun_cluster::{Delta, Interner, Kind, ObjectName, Resource, Store, read_api};
-use kun_config::yaml::documents;
+use kun_cluster::{Delta, Interner, Kind, ObjectName, Resource, Store};
 use serde_json::{Value, json};
 
 use crate::elect::{Seat, now};
@@ -20,7 +20,7 @@ use crate::events;
 use crate::generated::GeneratedError;
 use crate::gone::Gone;
 use crate::memory::{Kept, Memory};
-use crate::plan::{Assignments, Plan, Pools, Shortage, is_ours, owner_of};
+use crate::plan::{Assignments, Plan, Pools, Shortage, is_let_go, is_ours, owner_of};
 use crate::pools;
 use crate::writes::{self, Write, writes};
 
@@ -185,11 +185,7 @@ impl Claims {
 
     /// What the server answered is what the cluster now says; the watch will say it again.
     fn take(&mut self, store: &mut Store, kind: Kind, object: &Value) {
-        let (title, text) = (Resource::of(kind).kind, object.to_string());
-        let read = documents(title, &text).ok().and_then(|trees| {
-            let reading = read_api(&mut self.names, kind, title, trees.first()?);
-            reading.object
-        });
+        let read = read_answer(&mut self.names, kind, object);
         if let Some(object) = read {
             store.apply(Delta::Upsert(object));
         }
@@ -212,9 +208,12 @@ impl Memory for Claims {
             list.sort();
             addresses.insert(service.meta.name.clone(), list);
         }
+        let let_go = store.blocks().filter(|b| is_let_go(b)).map(|b| b.block());
+        let mut returned = self.gone.returned(store, now, self.cooldown);
+        returned.extend(let_go);
         Assignments {
             blocks: store.blocks().map(|b| (b.block(), owner_of(b))).collect(),
-            returned: self.gone.returned(store, now, self.cooldown),
+            returned,
             addresses,
         }
     }
@@ -287,7 +286,9 @@ fn tell(write: &Write) {
             owner,
             epoch,
             ..
-        } => tracing::info!(%block, node = %owner, epoch, "block handed over: its owner is gone"),
+        } => {
+            tracing::info!(%block, node = %owner, epoch, "block handed over: its owner is gone or has let go")
+        }
         Write::Addresses {
             service, addresses, ..
         } => tracing::info!(%service, ?addresses, "virtual addresses assigned"),

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! cluster source ─┬→ store (status, why)         socket ─┬→ IpamService (allocate, release, lookup)
-//!                 ├→ Blocks → IpamService, routes         ├→ dataplane thread (attach, detach, why)
+//!                 ├→ Blocks thread → IpamService, routes, ├→ dataplane thread (attach, detach, why)
+//!                 │                  status of IPAMBlocks │
 //!                 └→ dataplane thread → eBPF maps         └→ status from everybody
 //!                                    └→ Facts → announcer task → BGP speaker
 //! ```
@@ -37,6 +38,7 @@ mod addresses;
 mod announce;
 mod answers;
 mod attachments;
+mod blocks;
 mod cluster;
 mod dataplane;
 mod limits;
@@ -52,7 +54,7 @@ mod translator;
 use announce::{Announcer, Facts};
 use answers::Answers;
 use attachments::Attachment;
-use cluster::{Blocks, View};
+use cluster::View;
 use dataplane::{Dataplane, Message, fact};
 use limits::Limiter;
 use lists::Placed;
@@ -122,6 +124,9 @@ pub(crate) enum AgentError {
     /// The cluster source.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// The way to say how far the node is with its blocks.
+    #[error(transparent)]
+    Api(#[from] kun_cluster::api::ApiError),
     /// Threads or signals.
     #[error("the system refuses {what}: {source}")]
     System {
@@ -209,7 +214,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
     kun_cni::keeper::start(Arc::clone(&ipam), config.clone())
         .map_err(|e| system("the watch over links")(std::io::Error::other(e)))?;
     let view = Arc::new(View::default());
-    let blocks = Arc::new(Blocks::new(config.clone(), Arc::clone(&ipam), facts));
+    let blocks = blocks::start(&config, &ipam, facts, &view)?;
     let (queue, messages) = sync_channel(dataplane::QUEUE);
     let answers = Arc::new(Answers {
         config: config.clone(),
@@ -427,7 +432,7 @@ fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
         tracing::warn!(%error, "cooled slots cannot be let go");
     }
     answers.tell_live();
-    answers.blocks.refresh(&answers.view);
+    answers.blocks.poke();
     if let Some(round) = answers.leaks.round(answers, now) {
         metrics.leaks(round);
     }
@@ -435,6 +440,7 @@ fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
         if let Ok(counts) = answers.ipam.counts(class, now) {
             metrics.ipam(name, counts);
         }
+        metrics.blocks(name, &answers.blocks.counted(class));
     }
     for (kind, count) in answers.view.store().counts() {
         metrics.objects(&format!("{kind:?}"), count);
