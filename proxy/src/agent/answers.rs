@@ -67,8 +67,10 @@ impl Answers {
                 port,
             } => self.why(protocol, *source, *destination, *port),
             Request::Allocate { .. } => self.allocate(request),
-            Request::Lookup { .. } | Request::Capacity { .. } => {
-                self.ipam.handle(request, clock::now())
+            Request::Lookup { .. } => self.ipam.handle(request, clock::now()),
+            Request::Capacity { class } => {
+                let class = class.or_else(|| self.class(""));
+                self.ipam.handle(&Request::Capacity { class }, clock::now())
             }
             Request::Ipam => self.ipam_rows(request),
             Request::Free {
@@ -81,12 +83,21 @@ impl Answers {
 
     /// Whoever gets nothing hears what became of the wish for more.
     fn allocate(&self, request: &Request) -> Response {
-        let mut response = self.ipam.handle(request, clock::now());
+        let mut request = request.clone();
+        if let Request::Allocate { class, pod, .. } = &mut request {
+            *class = class.or_else(|| self.class(&pod.namespace));
+        }
+        let mut response = self.ipam.handle(&request, clock::now());
         if let Response::Exhausted { exhausted } = &mut response {
             self.blocks.poke();
             exhausted.more = self.blocks.more(exhausted.class, clock::now());
         }
         response
+    }
+
+    /// What a pod of this namespace gets that does not say; `None`: kun.yaml decides.
+    fn class(&self, namespace: &str) -> Option<SlotClass> {
+        self.view.class(&self.config.node.name, namespace)
     }
 
     fn ipam_rows(&self, request: &Request) -> Response {

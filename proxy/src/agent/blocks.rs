@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -33,6 +33,9 @@ const COUNTS_EVERY: Duration = Duration::from_secs(300);
 /// Steps of one block in its store before something has to be said: an unknown epoch, taken, draining, returned.
 const MOST_STEPS: usize = 8;
 
+/// A first round takes some commits, and one write for each block that is new.
+const FIRST_ROUND: Duration = Duration::from_secs(2);
+
 /// After a word that was not taken: somebody wrote, and the watch is about to tell what.
 const AFTER_CONFLICT: Duration = Duration::from_secs(1);
 
@@ -51,11 +54,14 @@ pub(crate) struct Blocks {
     /// Listed in manifests: nobody can be asked for more.
     listed: bool,
     seen: Mutex<Seen>,
+    looked: Condvar,
 }
 
 /// What others may know.
 #[derive(Debug, Default)]
 struct Seen {
+    /// Rounds over a cluster that is synced.
+    rounds: u64,
     any: bool,
     trouble: Option<String>,
     counted: BTreeMap<SlotClass, Counted>,
@@ -80,6 +86,17 @@ impl Blocks {
     pub(crate) fn poke(&self) {
         // Full: it is about to look. Closed: the process ends.
         let _ = self.poke.try_send(());
+    }
+
+    /// The cluster is synced: waits for the first round, so that an agent that says it is ready has its blocks; not for long, since a
+    /// server that does not answer keeps no datapath back.
+    pub(crate) fn first_round(&self) {
+        self.poke();
+        let seen = self.seen();
+        // Timed out: the node has no block yet, and says so.
+        let _ = self
+            .looked
+            .wait_timeout_while(seen, FIRST_ROUND, |seen| seen.rounds == 0);
     }
 
     /// Whether there is any address to give.
@@ -138,6 +155,7 @@ pub(crate) fn start(
         poke,
         listed,
         seen: Mutex::default(),
+        looked: Condvar::new(),
     });
     let mut keeper = Keeper {
         seed: kun_proxy_core::stable_hash(node.as_bytes()),
@@ -226,6 +244,8 @@ impl Keeper {
             tracing::error!("blocks: {what}; trying again");
         }
         seen.trouble = failed;
+        seen.rounds += 1;
+        self.blocks.looked.notify_all();
     }
 
     fn bring(&mut self) -> Result<(), KeepError> {

@@ -4,11 +4,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use kun_cluster::crd::ipv4_by_default;
 use kun_cluster::{Delta, Event, Following, Kind, Source, SourceError, Store, Troubles, Wanted};
+use kun_config::types::SlotClass;
 use kun_config::{ClusterSource, Config};
 
 use super::blocks::Blocks;
 use super::dataplane::Message;
+
+/// On a namespace, for its pods; on a pod the plugin reads it (`kun_cni_core::spec`).
+const IPV4_ANNOTATION: &str = "kun.network/ipv4";
 
 /// The cluster as the agent knows it.
 #[derive(Debug, Default)]
@@ -30,6 +35,24 @@ impl View {
     /// Whether the first snapshot is complete.
     pub(crate) fn synced(&self) -> bool {
         self.synced.load(Ordering::Acquire)
+    }
+
+    /// What a pod gets that says nothing of IPv4 itself: what its namespace says, else the pools of this node. `None`: neither does.
+    pub(crate) fn class(&self, node: &str, namespace: &str) -> Option<SlotClass> {
+        let store = self.store();
+        let said = store.namespace(namespace).and_then(|namespace| {
+            // Anything else is no word; the pod's own annotation is refused for less.
+            match &**namespace.meta.annotations.get(IPV4_ANNOTATION)? {
+                "true" => Some(true),
+                "false" => Some(false),
+                _ => None,
+            }
+        });
+        let of_pools = || ipv4_by_default(store.pools(), &store.node(node)?.meta.labels);
+        Some(match said.or_else(of_pools)? {
+            true => SlotClass::Dual,
+            false => SlotClass::V6Only,
+        })
     }
 
     /// Whether manifests are missing that an earlier life may have known.
@@ -57,7 +80,13 @@ impl View {
 /// the API server's whole load. A folder is read whole in any case, and who else owns a block is told while it is partial.
 fn wanted(config: &Config) -> Wanted {
     let own = [Kind::Node, Kind::Pod, Kind::IpamBlock];
-    let wanted = Wanted::new().all([Kind::Service, Kind::EndpointSlice]);
+    // The last two are few and change rarely: what pods without a word of their own get.
+    let wanted = Wanted::new().all([
+        Kind::Service,
+        Kind::EndpointSlice,
+        Kind::Namespace,
+        Kind::IpPool,
+    ]);
     match &config.cluster {
         ClusterSource::Folder(_) => wanted.all(own),
         ClusterSource::Kubernetes { .. } => own.into_iter().fold(wanted, |wanted, kind| {
@@ -99,7 +128,7 @@ fn on_event(event: &Event, view: &View, blocks: &Blocks) {
         Event::Synced => {
             view.synced.store(true, Ordering::Release);
             tracing::info!("the cluster is synced");
-            blocks.poke();
+            blocks.first_round();
         }
         Event::Partial => {
             view.partial.store(true, Ordering::Release);
