@@ -26,6 +26,7 @@ mod rows;
 pub mod spool;
 pub mod store;
 
+pub use kun_cni_core::claims;
 use kun_cni_core::names;
 pub use kun_cni_core::watermark;
 use kun_config::Interfaces;

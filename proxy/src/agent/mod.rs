@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! cluster source ─┬→ store (status, why)         socket ─┬→ IpamService (allocate, release, lookup)
-//!                 ├→ Blocks → IpamService, routes         ├→ dataplane thread (attach, detach, why)
+//!                 ├→ Blocks thread → IpamService, routes, ├→ dataplane thread (attach, detach, why)
+//!                 │                  status of IPAMBlocks │
 //!                 └→ dataplane thread → eBPF maps         └→ status from everybody
 //!                                    └→ Facts → announcer task → BGP speaker
 //! ```
@@ -38,6 +39,7 @@ mod announce;
 mod answers;
 mod api_writes;
 mod attachments;
+mod blocks;
 mod cluster;
 mod condition;
 mod dataplane;
@@ -57,7 +59,7 @@ use announce::{Announcer, Facts};
 use answers::Answers;
 use api_writes::{Failures, TellError, Teller};
 use attachments::Attachment;
-use cluster::{Blocks, View};
+use cluster::View;
 use condition::Left;
 use dataplane::{Dataplane, Message, fact};
 use limits::Limiter;
@@ -132,6 +134,9 @@ pub(crate) enum AgentError {
     /// What is written to it.
     #[error(transparent)]
     Tell(#[from] TellError),
+    /// The way to say how far the node is with its blocks.
+    #[error(transparent)]
+    Api(#[from] kun_cluster::api::ApiError),
     /// Threads or signals.
     #[error("the system refuses {what}: {source}")]
     System {
@@ -220,7 +225,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
     kun_cni::keeper::start(Arc::clone(&ipam), config.clone())
         .map_err(|e| system("the watch over links")(std::io::Error::other(e)))?;
     let view = Arc::new(View::default());
-    let blocks = Arc::new(Blocks::new(config.clone(), Arc::clone(&ipam), facts));
+    let blocks = blocks::start(&config, &ipam, facts, &view)?;
     let (queue, messages) = sync_channel(dataplane::QUEUE);
     let gateway = config.nat64.gateway.is_some().then(|| queue.clone());
     let failures = Failures::default();
@@ -473,7 +478,7 @@ fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
         tracing::warn!(%error, "cooled slots cannot be let go");
     }
     answers.tell_live();
-    answers.blocks.refresh(&answers.view);
+    answers.blocks.poke();
     if let Some(round) = answers.leaks.round(answers, now) {
         metrics.leaks(&round);
         answers.left.set(round.left);
@@ -485,6 +490,7 @@ fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
         if let Ok(counts) = answers.ipam.counts(class, now) {
             metrics.ipam(name, counts);
         }
+        metrics.blocks(name, &answers.blocks.counted(class));
     }
     for (kind, count) in answers.view.store().counts() {
         metrics.objects(&format!("{kind:?}"), count);
