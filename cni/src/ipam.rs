@@ -21,7 +21,7 @@ use crate::spool::Spool;
 use crate::store::{Store, StoreError};
 
 pub use kun_cni_core::ipam::{
-    BootId, BootTime, ClusterLook, Look, Revision, Unforgotten, Watermark,
+    BootId, BootTime, Claim, ClusterLook, Look, Revision, Standing, Unforgotten, Watermark,
 };
 
 /// How long a starting agent waits for plugins that have the store open: each holds it for milliseconds.
@@ -229,10 +229,10 @@ impl IpamService {
         }
     }
 
-    /// The same, with whether another node had the block before (`true`): its addresses cool before they are used here.
+    /// The same, with how the node stands to each block.
     pub fn set_claims(
         &self,
-        claims: &BTreeMap<BlockId, bool>,
+        claims: &BTreeMap<BlockId, Claim>,
         now: BootTime,
     ) -> Result<(), IpamError> {
         match self.submit(Command::SetClaims(claims.clone()), now) {
@@ -260,6 +260,20 @@ impl IpamService {
     /// The blocks that are ours.
     pub fn blocks(&self, now: BootTime) -> Result<Vec<BlockId>, IpamError> {
         self.read(now, |core| core.owned().collect())
+    }
+
+    /// Every block that is or was ours: how we stand to it, and how many of its slots pods have and how many are not free yet.
+    pub fn standings(
+        &self,
+        now: BootTime,
+    ) -> Result<BTreeMap<BlockId, (Claim, u32, u32)>, IpamError> {
+        self.read(now, |core| {
+            let with = |(block, claim)| {
+                let (allocated, cooling) = core.in_use(block);
+                (block, (claim, allocated, cooling))
+            };
+            core.claims().map(with).collect()
+        })
     }
 
     /// Slots of the class: allocated, cooling, free.
@@ -334,6 +348,7 @@ impl IpamService {
                         .into_iter()
                         .map(|(name, slots)| Holder { name, slots })
                         .collect(),
+                    more: None,
                 },
             },
             Ok(Reply::Changed { generation }) => Response::Failed {
@@ -490,7 +505,7 @@ impl IpamService {
             slot: a.slot,
             generation: a.generation,
             v6: self.prefix.address(a.slot),
-            v4: v4(a.slot),
+            v4: a.slot.v4(),
             pod: control_pod(&a.owner.pod),
             delegated: a.owner.delegated,
         }
@@ -557,13 +572,6 @@ fn failed(error: IpamError) -> Response {
 
 pub(crate) fn round_up(duration: Duration) -> u64 {
     duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
-}
-
-pub(crate) fn v4(slot: Slot) -> Option<std::net::Ipv4Addr> {
-    match slot.class() {
-        SlotClass::Dual => Some(slot.ipv4()),
-        SlotClass::V6Only => None,
-    }
 }
 
 /// The core's form of a key.

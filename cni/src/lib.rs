@@ -7,6 +7,7 @@
 
 mod addresses;
 pub mod allocator;
+mod alone;
 mod attach;
 pub mod clock;
 mod delegate;
@@ -16,6 +17,7 @@ pub mod ipam;
 pub mod keeper;
 pub mod kernel;
 pub mod look;
+mod namespaces;
 pub mod netlink;
 pub mod netns;
 pub mod plugin;
@@ -24,6 +26,7 @@ mod rows;
 pub mod spool;
 pub mod store;
 
+pub use kun_cni_core::claims;
 use kun_cni_core::names;
 pub use kun_cni_core::watermark;
 use kun_config::Interfaces;

@@ -20,6 +20,7 @@ use netlink_packet_route::link::{
     LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
 };
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
+use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{
     RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -84,6 +85,12 @@ pub struct Link {
     pub up: bool,
     /// The kernel sends on it.
     pub running: bool,
+    /// How often its carrier has gone. A new pair's ends have none: that is once.
+    pub carrier_losses: u32,
+    /// Index of a pair's other end, in its own namespace.
+    pub peer: Option<u32>,
+    /// The other end's namespace, by the number that this one has given it.
+    pub peer_netns: Option<i32>,
     /// `net.ipv6.conf.<name>`, as far as anybody asks.
     ipv6: Option<Ipv6Conf>,
 }
@@ -142,8 +149,15 @@ impl Rtnl {
         Ok(rtnl)
     }
 
-    /// The next changes; waits for them. Fails when messages were lost.
-    pub fn link_changes(&mut self) -> Result<Vec<LinkChange>, NetlinkError> {
+    /// The next changes; waits for them so long, and fails then with `WouldBlock`. Fails otherwise when messages were lost.
+    pub fn link_changes(&mut self, within: Duration) -> Result<Vec<LinkChange>, NetlinkError> {
+        rustix::net::sockopt::set_socket_timeout(
+            self.socket.as_fd(),
+            rustix::net::sockopt::Timeout::Recv,
+            // Zero would be for ever.
+            Some(within.max(Duration::from_millis(1))),
+        )
+        .map_err(io::Error::from)?;
         let mut changes = Vec::new();
         self.receive(|_, payload| match payload {
             NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
@@ -272,6 +286,26 @@ impl Rtnl {
                     .iter()
                     .find_map(|attribute| match attribute {
                         RouteAttribute::Oif(index) => Some(*index),
+                        _ => None,
+                    })
+            }
+            Ok(_) | Err(_) => None,
+        })
+    }
+
+    /// The number that this socket's namespace has given another one; `None`: it knows none of that name.
+    pub fn netns_id(&mut self, netns: BorrowedFd<'_>) -> Result<Option<i32>, NetlinkError> {
+        let mut message = NsidMessage::default();
+        let fd = u32::try_from(netns.as_raw_fd()).unwrap_or(u32::MAX);
+        message.attributes.push(NsidAttribute::Fd(fd));
+        let answer = self.ask(RouteNetlinkMessage::GetNsId(message))?;
+        Ok(match answer {
+            Ok(RouteNetlinkMessage::NewNsId(told)) => {
+                told.attributes
+                    .iter()
+                    .find_map(|attribute| match attribute {
+                        // -1: it has given it none.
+                        NsidAttribute::Id(id) if *id >= 0 => Some(*id),
                         _ => None,
                     })
             }
@@ -449,6 +483,12 @@ impl Query {
         }
     }
 
+    /// The same, for what is missing alone: an address or route that is there already stays as it is, and the kernel says EEXIST.
+    pub fn unless_there(mut self) -> Self {
+        self.flags = NLM_F_CREATE | NLM_F_EXCL;
+        self
+    }
+
     /// Tags and settings; the kernel makes no link-local address on it.
     pub fn configure(
         name: &str,
@@ -558,6 +598,21 @@ impl Query {
         }
     }
 
+    /// Removes a neighbour entry.
+    pub fn remove_neighbour(index: u32, address: IpAddr) -> Self {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family(address);
+        message.header.ifindex = index;
+        message
+            .attributes
+            .push(NeighbourAttribute::Destination(address.into()));
+        Self {
+            message: RouteNetlinkMessage::DelNeighbour(message),
+            flags: 0,
+            asks: false,
+        }
+    }
+
     /// A route of ours in the main table. A route left over to the same destination gives way: the slot is ours now.
     pub fn route(index: u32, to: IpNet, via: Option<IpAddr>) -> Self {
         let mut message = RouteMessage::default();
@@ -600,6 +655,9 @@ impl Link {
             alias: None,
             up: message.header.flags.contains(LinkFlags::Up),
             running: false,
+            carrier_losses: 0,
+            peer: None,
+            peer_netns: None,
             ipv6: None,
         };
         for attribute in &message.attributes {
@@ -609,6 +667,9 @@ impl Link {
                 LinkAttribute::Address(mac) => link.mac.clone_from(mac),
                 LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
                 LinkAttribute::OperState(state) => link.running = *state == State::Up,
+                LinkAttribute::CarrierDownCount(count) => link.carrier_losses = *count,
+                LinkAttribute::Link(index) => link.peer = Some(*index),
+                LinkAttribute::LinkNetNsId(id) => link.peer_netns = Some(*id),
                 LinkAttribute::AfSpecUnspec(families) => link.ipv6 = ipv6_conf(families),
                 _ => {}
             }

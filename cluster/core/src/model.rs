@@ -274,6 +274,16 @@ pub struct Pod {
     pub finished: bool,
 }
 
+impl Pod {
+    /// The addresses that are its own: one that shares the node's network has none, and one that ended has given its own up.
+    pub fn own_ips(&self) -> &[IpAddr] {
+        match self.host_network || self.finished {
+            true => &[],
+            false => &self.ips,
+        }
+    }
+}
+
 /// A Namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Namespace {

@@ -3,7 +3,7 @@
 //! One owner, no lock. Between the changes of a few Services it looks at its queue, so that a pod's ADD never waits for a whole
 //! cold start.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
@@ -14,6 +14,7 @@ use kun_cluster::{Event, Reached};
 use kun_cni::clock;
 use kun_config::Config;
 use kun_control::{AttachmentKey, Fact};
+use kun_ebpf_abi::Addr;
 use kun_proxy::{EbpfBackend, Proxy};
 use kun_proxy_core::{Problem, Question, Reason};
 use tokio::sync::watch;
@@ -70,6 +71,13 @@ pub(crate) enum Message {
         attachment: Box<Attachment>,
         /// Where the answer goes.
         reply: SyncSender<Vec<String>>,
+    },
+    /// Pods are gone: a gateway's entries that name their addresses go. How many there were.
+    Forget {
+        /// Theirs.
+        addresses: HashSet<Addr>,
+        /// Where the answer goes.
+        reply: SyncSender<Result<u64, String>>,
     },
     /// The attachments that have an address.
     Live(BTreeSet<AttachmentKey>),
@@ -443,6 +451,13 @@ impl Dataplane {
             }
             Message::Verify { attachment, reply } => {
                 let _ = reply.send(self.verify(&attachment));
+            }
+            Message::Forget { addresses, reply } => {
+                let forgotten = match &mut self.translator {
+                    Some(translator) => translator.forget(&addresses),
+                    None => Ok(0),
+                };
+                let _ = reply.send(forgotten.map_err(|error| error.to_string()));
             }
             Message::Live(keys) => {
                 for key in self.attachments.gone(&keys) {

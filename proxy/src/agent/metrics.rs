@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 
 use super::addresses::Round;
+use super::blocks::Counted;
 use super::limits::Dropped;
 
 /// From a tenth of a millisecond, one endpoint's change, to 13 s, a cold start on a busy node.
@@ -27,6 +28,17 @@ struct ReasonLabel {
 struct SlotLabels {
     class: &'static str,
     state: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BlockLabels {
+    class: &'static str,
+    standing: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ClassLabel {
+    class: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -70,6 +82,8 @@ pub(crate) struct Metrics {
     expired: Counter,
     flows: Gauge,
     slots_by_state: Family<SlotLabels, Gauge>,
+    blocks_by_standing: Family<BlockLabels, Gauge>,
+    blocks_wanted: Family<ClassLabel, Gauge>,
     leaks_reclaimed: Counter,
     nics_not_reclaimed: Gauge,
     objects: Family<KindLabel, Gauge>,
@@ -107,6 +121,8 @@ impl Metrics {
             expired: Counter::default(),
             flows: Gauge::default(),
             slots_by_state: Family::default(),
+            blocks_by_standing: Family::default(),
+            blocks_wanted: Family::default(),
             leaks_reclaimed: Counter::default(),
             nics_not_reclaimed: Gauge::default(),
             objects: Family::default(),
@@ -181,6 +197,16 @@ impl Metrics {
             "kun_ipam_slots",
             "Slots of this node's blocks, by class and state",
             m.slots_by_state,
+        );
+        registry.register(
+            "kun_ipam_blocks",
+            "Blocks of this node, by class and standing",
+            m.blocks_by_standing,
+        );
+        registry.register(
+            "kun_ipam_blocks_wanted",
+            "Blocks that this node wants to have in all, by class; more than it has: another is asked for",
+            m.blocks_wanted,
         );
         registry.register(
             "kun_ipam_leaks_reclaimed",
@@ -310,6 +336,22 @@ impl Metrics {
                 .get_or_create(&SlotLabels { class, state })
                 .set(i64::from(count));
         }
+    }
+
+    /// Blocks of a class.
+    pub(crate) fn blocks(&self, class: &'static str, counted: &Counted) {
+        for (standing, count) in [
+            ("taken", counted.taken),
+            ("confirmed", counted.confirmed),
+            ("draining", counted.draining),
+        ] {
+            self.blocks_by_standing
+                .get_or_create(&BlockLabels { class, standing })
+                .set(i64::from(count));
+        }
+        self.blocks_wanted
+            .get_or_create(&ClassLabel { class })
+            .set(i64::from(counted.wanted));
     }
 
     /// Objects of a kind.

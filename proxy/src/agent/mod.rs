@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! cluster source ─┬→ store (status, why)         socket ─┬→ IpamService (allocate, release, lookup)
-//!                 ├→ Blocks → IpamService, routes         ├→ dataplane thread (attach, detach, why)
+//!                 ├→ Blocks thread → IpamService, routes, ├→ dataplane thread (attach, detach, why)
+//!                 │                  status of IPAMBlocks │
 //!                 └→ dataplane thread → eBPF maps         └→ status from everybody
 //!                                    └→ Facts → announcer task → BGP speaker
 //! ```
@@ -26,7 +27,7 @@ use kun_cni::ipam::{IpamError, IpamService};
 use kun_config::types::SlotClass;
 use kun_config::{ClusterSource, Config};
 use kun_control::Fact;
-use kun_ebpf_loader::{Adopted, Error as EbpfError, Nat64Error};
+use kun_ebpf_loader::{Adopted, Error as EbpfError, FlowRecords, Nat64Error};
 use kun_proxy::{EbpfBackend, Proxy};
 use kun_proxy_core::Here;
 use kun_telemetry::{Health, LoadError, LogsError, ServeError};
@@ -38,9 +39,11 @@ mod announce;
 mod answers;
 mod api_writes;
 mod attachments;
+mod blocks;
 mod cluster;
 mod condition;
 mod dataplane;
+mod flows;
 mod limits;
 mod links;
 mod lists;
@@ -56,7 +59,7 @@ use announce::{Announcer, Facts};
 use answers::Answers;
 use api_writes::{Failures, TellError, Teller};
 use attachments::Attachment;
-use cluster::{Blocks, View};
+use cluster::View;
 use condition::Left;
 use dataplane::{Dataplane, Message, fact};
 use limits::Limiter;
@@ -131,6 +134,9 @@ pub(crate) enum AgentError {
     /// What is written to it.
     #[error(transparent)]
     Tell(#[from] TellError),
+    /// The way to say how far the node is with its blocks.
+    #[error(transparent)]
+    Api(#[from] kun_cluster::api::ApiError),
     /// Threads or signals.
     #[error("the system refuses {what}: {source}")]
     System {
@@ -205,6 +211,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         dataplane,
         adopted,
         kernel,
+        flows,
     } = open_dataplane(&config, metrics.clone(), Arc::clone(&facts))?;
     let system = |what| move |source| AgentError::System { what, source };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -218,8 +225,9 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
     kun_cni::keeper::start(Arc::clone(&ipam), config.clone())
         .map_err(|e| system("the watch over links")(std::io::Error::other(e)))?;
     let view = Arc::new(View::default());
-    let blocks = Arc::new(Blocks::new(config.clone(), Arc::clone(&ipam), facts));
+    let blocks = blocks::start(&config, &ipam, facts, &view)?;
     let (queue, messages) = sync_channel(dataplane::QUEUE);
+    let gateway = config.nat64.gateway.is_some().then(|| queue.clone());
     let failures = Failures::default();
     let watermark = match &config.cluster {
         ClusterSource::Folder(_) => None,
@@ -240,7 +248,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         announcer: announcer.clone(),
         kernel,
         programmed: dataplane.programmed(),
-        leaks: addresses::Leaks::default(),
+        leaks: addresses::Leaks::new(flows::Flows::new(flows, gateway)),
         watermark,
         left: Left::default(),
     });
@@ -274,6 +282,8 @@ struct Opened {
     adopted: bool,
     /// What the kernel lacks.
     kernel: Vec<Fact>,
+    /// The flow records, for a thread of its own.
+    flows: FlowRecords,
 }
 
 fn open_dataplane(
@@ -329,6 +339,7 @@ fn join_dataplane(
         zone: None,
     };
     let limits = backend.limits();
+    let flows = backend.flow_records()?;
     let (proxy, observed) = Proxy::adopt(here, limits, backend)?;
     let adopted = found.maps > 0;
     if adopted {
@@ -352,6 +363,7 @@ fn join_dataplane(
         ),
         adopted,
         kernel,
+        flows,
     })
 }
 
@@ -466,7 +478,7 @@ fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
         tracing::warn!(%error, "cooled slots cannot be let go");
     }
     answers.tell_live();
-    answers.blocks.refresh(&answers.view);
+    answers.blocks.poke();
     if let Some(round) = answers.leaks.round(answers, now) {
         metrics.leaks(&round);
         answers.left.set(round.left);
@@ -478,6 +490,7 @@ fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
         if let Ok(counts) = answers.ipam.counts(class, now) {
             metrics.ipam(name, counts);
         }
+        metrics.blocks(name, &answers.blocks.counted(class));
     }
     for (kind, count) in answers.view.store().counts() {
         metrics.objects(&format!("{kind:?}"), count);
