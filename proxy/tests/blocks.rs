@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use kun_cluster::api::write::Writer;
-use kun_cluster::{Kind, ObjectName, Resource};
+use kun_cluster::{Kind, ObjectName, Resource, watermark};
 use kun_config::types::{Slot, SlotClass};
 use kun_control::{AttachmentKey, PodRef, Request, Response};
 use kun_harness::control_plane::{ControlPlane, Part};
@@ -110,6 +110,9 @@ impl Lab {
                 .kubectl(&["create", "-f", crd.to_str().unwrap()], "")
                 .unwrap();
         }
+        plane
+            .kubectl(&["create", "namespace", watermark::NAMESPACE], "")
+            .unwrap();
         let writer = Writer::open(Some(plane.kubeconfig())).unwrap();
         node.configure(|config| {
             config["cluster"] = json!({"kubernetes": {"kubeconfig": plane.kubeconfig()}});
@@ -141,6 +144,29 @@ impl Lab {
                 .patch(Resource::of(Kind::IpamBlock), &name, patch)
         };
         self.node.fabric.run(write).unwrap();
+    }
+
+    /// What the operator would fold of the one node that there is.
+    fn fold(&self) {
+        let name = ObjectName::new(watermark::NAMESPACE, "node-a");
+        let fold = || {
+            let published = self.writer.get(Resource::LEASES, &name).ok()?;
+            let annotations = &published["metadata"]["annotations"];
+            let fold = watermark::fold_in(|key| annotations[key].as_str());
+            let pairs = watermark::fold_annotations(&fold).map(|(k, v)| (k.to_owned(), json!(v)));
+            let annotations = Value::Object(pairs.into_iter().collect());
+            let (namespace, name) = watermark::FOLD;
+            let mut lease = json!({"metadata": {"annotations": annotations}, "spec": {}});
+            let patched = (self.writer).patch(Resource::LEASES, &watermark::fold_name(), &lease);
+            if patched.is_err() {
+                lease["metadata"]["namespace"] = json!(namespace);
+                lease["metadata"]["name"] = json!(name);
+                self.writer.create(Resource::LEASES, &lease).ok()?;
+            }
+            Some(())
+        };
+        // Not published yet: the next time.
+        let _: Option<()> = self.node.fabric.run(fold);
     }
 
     /// Waits until the owner of this epoch has said so.
@@ -217,6 +243,7 @@ fn an_agent_killed_at_any_step_gives_no_address_twice() {
     // It is let go of once all is forgotten, first in the store.
     let line = "standing=Returned";
     wait_for("the end of it", SOON, || {
+        lab.fold();
         lab.node.log().contains(line).then_some(())
     })
     .unwrap_or_else(|e| panic!("{e:#}\n{}", lab.node.log()));
@@ -229,7 +256,11 @@ fn an_agent_killed_at_any_step_gives_no_address_twice() {
     // It comes back under the next epoch, and cools first.
     lab.write(&json!({"spec": {"epoch": 2, "draining": null}}));
     lab.says("Confirmed", 2);
-    wait_for("an address", SOON, || given.allocate(&lab.node, "c5")).unwrap();
+    wait_for("an address", SOON, || {
+        lab.fold();
+        given.allocate(&lab.node, "c5")
+    })
+    .unwrap();
     let shown = lab.node.ask(&Request::Ipam);
     let Response::Ipam { blocks, pools, .. } = shown else {
         panic!("{shown:?}");
