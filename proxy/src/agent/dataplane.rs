@@ -27,6 +27,8 @@ use super::translator::Translator;
 use super::watermark::Applied;
 use super::{links, node};
 
+mod interfaces;
+
 /// Messages that may wait. The cluster source then waits too; nothing is lost.
 pub(crate) const QUEUE: usize = 1024;
 
@@ -36,7 +38,7 @@ const SERVICES_A_TURN: usize = 64;
 /// How often counters are read and interfaces looked after.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How often the flow table is swept: a fraction of any sensible idle time.
+/// How often the flow table is swept, a fraction of any sensible idle time, and pods' filters are looked for.
 const EXPIRE_EVERY: Duration = Duration::from_secs(15);
 
 /// After an op failed: the first wait, doubled up to the last.
@@ -316,70 +318,6 @@ impl Dataplane {
         missing
     }
 
-    /// Links the programs to a pod's host interface, unless it carries them already.
-    pub(crate) fn attach_pod(&mut self, interface: &str) -> Result<(), String> {
-        let Some(index) = node::interface_index(interface) else {
-            return Err(format!("{interface}: there is no such interface"));
-        };
-        if self.pods.get(interface) == Some(&index) {
-            return Ok(());
-        }
-        if self.pods.remove(interface).is_some() {
-            self.detach(interface);
-        }
-        self.backend()
-            .attach_pod(interface)
-            .map_err(|e| format!("{interface}: {e}"))?;
-        self.pods.insert(interface.to_owned(), index);
-        Ok(())
-    }
-
-    /// Links the programs to the uplinks that are there and do not carry them yet.
-    pub(crate) fn attach_uplinks(&mut self) {
-        for name in node::uplinks(self.config.node.uplink.as_deref()) {
-            let Some(index) = node::interface_index(&name) else {
-                continue;
-            };
-            if self.uplinks.get(&name) == Some(&index) {
-                continue;
-            }
-            if self.uplinks.remove(&name).is_some() {
-                self.detach(&name);
-            }
-            match self.attach_uplink(&name) {
-                Ok(()) => {
-                    tracing::info!(uplink = name, "attached");
-                    self.uplinks.insert(name.clone(), index);
-                    self.complaints.remove(&name);
-                }
-                // Tried again every second: said once.
-                Err(error) => {
-                    if self.complaints.get(&name) != Some(&error) {
-                        tracing::error!(uplink = name, "cannot attach: {error}; trying again");
-                    }
-                    self.complaints.insert(name, error);
-                }
-            }
-        }
-        self.publish_facts();
-    }
-
-    fn attach_uplink(&mut self, name: &str) -> Result<(), String> {
-        self.backend()
-            .attach_uplink(name)
-            .map_err(|e| e.to_string())?;
-        if let Some(translator) = &mut self.translator {
-            translator.attach(name).map_err(|e| e.to_string())?;
-        }
-        Ok(())
-    }
-
-    fn detach(&mut self, interface: &str) {
-        if let Err(error) = self.backend().detach(interface) {
-            tracing::warn!(interface, %error, "cannot detach");
-        }
-    }
-
     fn backend(&mut self) -> &mut EbpfBackend {
         self.proxy.backend()
     }
@@ -419,6 +357,7 @@ impl Dataplane {
             if now >= next_expiry && !self.busy() {
                 next_expiry = now + EXPIRE_EVERY;
                 self.expire();
+                self.heal_pods();
             }
         }
     }

@@ -297,8 +297,8 @@ fn open_dataplane(
     if opened.is_err() && fresh {
         // Nothing stood before, so nothing stays. What is adopted goes on serving.
         let uplinks = node::uplinks(config.node.uplink.as_deref());
-        let removed = EbpfBackend::remove(config)
-            .and_then(|()| Limiter::remove_all(config))
+        let removed = EbpfBackend::remove(config, &[])
+            .and_then(|()| Limiter::remove_all(config, &[]))
             .map_err(AgentError::from);
         if let Err(error) =
             removed.and_then(|()| Translator::remove(config, &uplinks).map_err(AgentError::from))
@@ -540,8 +540,9 @@ pub(crate) fn cleanup(path: &Path, conf_dir: Option<&Path>) -> Result<(), AgentE
     // A running agent would make it all again.
     let server = Server::bind(&config.agent.socket)?;
     conf_dir.map(lists::remove).transpose()?;
-    EbpfBackend::remove(&config)?;
-    Limiter::remove_all(&config)?;
+    let interfaces = links::named_with_filters()?;
+    EbpfBackend::remove(&config, &interfaces)?;
+    Limiter::remove_all(&config, &interfaces)?;
     Translator::remove(&config, &node::uplinks(config.node.uplink.as_deref()))?;
     routes::set(&std::collections::BTreeSet::new())?;
     drop(server);

@@ -15,7 +15,13 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kun-cni-core", &["kun-config"]),
     (
         "kun-cni",
-        &["kun-cni-core", "kun-config", "kun-control", "kun-telemetry"],
+        &[
+            "kun-cni-core",
+            "kun-config",
+            "kun-cluster-core",
+            "kun-control",
+            "kun-telemetry",
+        ],
     ),
     (
         "kun-proxy-core",
