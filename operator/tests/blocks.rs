@@ -516,8 +516,11 @@ fn the_operator_gives_what_is_asked_for_and_takes_what_is_returned() {
     })
     .unwrap_or_else(|e| panic!("{e:#}\n{}", fs::read_to_string(&log).unwrap()));
     // One that a person calls back moves only when its owner has let go.
-    let held = dual(&ground);
-    assert_eq!(held.len(), 2);
+    let held = wait_for("the watch", SOON, || {
+        let held = dual(&ground);
+        (held.len() == 2).then_some(held)
+    })
+    .unwrap();
     let called = &held[1];
     let name = format!(
         "block-{}",

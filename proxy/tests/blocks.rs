@@ -381,11 +381,12 @@ fn a_full_node_says_who_holds_and_what_became_of_its_wish() {
     .unwrap();
     assert!(told.contains("held by shop (64)"), "{told}");
     assert!(told.contains("add an IPAMBlock"), "{told}");
-    let text = node.get("/metrics");
-    assert!(
-        text.contains("kun_ipam_blocks_wanted{class=\"dual\"} 2"),
-        "{text}"
-    );
+    wait_for("the metric", SOON, || {
+        let text = node.get("/metrics");
+        text.contains("kun_ipam_blocks_wanted{class=\"dual\"} 2")
+            .then_some(())
+    })
+    .unwrap();
     // Pods without IPv4 are another class.
     node.manifest(
         "v6.yaml",
