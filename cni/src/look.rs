@@ -52,18 +52,18 @@ impl Sight {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
-            for answer in rtnl.dump(RouteNetlinkMessage::GetRoute(message))? {
+            rtnl.dump(RouteNetlinkMessage::GetRoute(message), |answer| {
                 if let RouteNetlinkMessage::NewRoute(route) = answer {
                     sight.route(&route);
                 }
-            }
+            })?;
         }
         let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-        for answer in rtnl.dump(all)? {
+        rtnl.dump(all, |answer| {
             if let RouteNetlinkMessage::NewNeighbour(neighbour) = answer {
                 sight.neighbour(&neighbour);
             }
-        }
+        })?;
         Ok(sight)
     }
 
