@@ -349,8 +349,8 @@ impl Ipam {
     /// Every slot whose cooldown has passed goes on: to Free, or to wait for evidence.
     fn cool(&mut self, class: SlotClass, now: BootTime, effects: &mut Vec<Effect>) {
         while let Some((&sequence, &slot)) = self.of(class).cooling.first_key_value() {
-            let Some(SlotState::Cooling { since, waived, .. }) =
-                self.records.get(&slot).map(|r| r.state.clone())
+            let Some(&SlotState::Cooling { since, waived, .. }) =
+                self.records.get(&slot).map(|r| &r.state)
             else {
                 unreachable!("what is queued as cooling has a cooling record");
             };
@@ -368,8 +368,13 @@ impl Ipam {
     }
 
     fn become_free(&mut self, slot: Slot, effects: &mut Vec<Effect>) {
-        let mut record = self.records[&slot].clone();
-        record.state = SlotState::Free;
+        let before = &self.records[&slot];
+        let record = Record {
+            slot,
+            generation: before.generation,
+            sequence: before.sequence,
+            state: SlotState::Free,
+        };
         self.seen.remove(&slot);
         self.put(record, effects);
     }

@@ -31,7 +31,12 @@ impl Queues {
         let queue = match &record.state {
             SlotState::Allocated { owner, .. } => {
                 self.allocated += 1;
-                *self.holders.entry(holder(owner).to_owned()).or_default() += 1;
+                match self.holders.get_mut(holder(owner)) {
+                    Some(held) => *held += 1,
+                    None => {
+                        self.holders.insert(holder(owner).to_owned(), 1);
+                    }
+                }
                 return;
             }
             SlotState::Cooling { .. } => &mut self.cooling,
@@ -62,7 +67,14 @@ impl Queues {
             }
             return;
         }
-        for queue in self.all() {
+        // What cools may be among those that wait.
+        let queues = match &record.state {
+            SlotState::Free => [Some(&mut self.free), None],
+            SlotState::Quarantined { .. } => [Some(&mut self.quarantined), None],
+            SlotState::Cooling { .. } => [Some(&mut self.cooling), Some(&mut self.waiting)],
+            SlotState::Allocated { .. } => [None, None],
+        };
+        for queue in queues.into_iter().flatten() {
             queue.remove(&record.sequence);
         }
     }
