@@ -184,6 +184,14 @@ impl Bench {
         );
     }
 
+    /// Everything that the program may ever write is to be done.
+    fn much_to_do_for(&self, program: &str) {
+        self.much_to_do();
+        if program == "kun-proxy" {
+            self.a_block_to_confirm();
+        }
+    }
+
     /// Everything that the operator may ever write is to be done: a block to claim, one to hand over whose owner is gone, a Service
     /// without an address, a pool without a status, a node that gets nothing yet, no lease.
     fn much_to_do(&self) {
@@ -227,6 +235,16 @@ kind: Service
 metadata: {name: web, namespace: default}
 spec: {type: LoadBalancer, ports: [{port: 80}]}
 ",
+        );
+    }
+
+    /// A block that the node's agent has to confirm. The operator would have nothing to claim beside it.
+    fn a_block_to_confirm(&self) {
+        let node = self.get(&["node", "node-a"]);
+        let uid = text(&node["metadata"]["uid"]);
+        self.kubectl(
+            &["apply", "--server-side", "-f", "-"],
+            &format!("{{apiVersion: kun.network/v1alpha1, kind: IPAMBlock, metadata: {{name: block-240-0-0-64}}, spec: {{first: 240.0.0.64, node: node-a, nodeUID: {uid}}}}}"),
         );
     }
 
@@ -437,7 +455,7 @@ fn each_program_may_do_what_it_asks_and_nothing_else() {
             .collect();
         assert_eq!(may, granted, "{program}: more is bound to its account");
 
-        bench.much_to_do();
+        bench.much_to_do_for(program);
         {
             let running = bench.start_program(program);
             wait_for(&format!("{program}: ready"), SOON, || {
@@ -463,7 +481,7 @@ fn each_program_may_do_what_it_asks_and_nothing_else() {
         }
         for role in &roles {
             for right in rights(&role["rules"]) {
-                bench.much_to_do();
+                bench.much_to_do_for(program);
                 bench.take_away(role, &right);
                 let running = bench.start_program(program);
                 let says = format!("no right to {right}");
