@@ -16,6 +16,7 @@ pub mod ipam;
 pub mod keeper;
 pub mod kernel;
 pub mod look;
+mod lost;
 pub mod netlink;
 pub mod netns;
 pub mod plugin;
