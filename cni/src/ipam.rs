@@ -16,9 +16,10 @@ use kun_config::types::{BlockId, PodPrefix, Slot, SlotClass};
 use kun_config::{ClusterSource, Config};
 use kun_control::{Allocation, AttachmentKey, Exhausted, Holder, PodRef, Request, Response};
 
+use crate::lost::not_lost;
 use crate::rows;
 use crate::spool::Spool;
-use crate::store::{Store, StoreError};
+use crate::store::{FILE, Store, StoreError};
 
 pub use kun_cni_core::ipam::{
     BootId, BootTime, Claim, ClusterLook, Look, Revision, Standing, Unforgotten, Watermark,
@@ -455,6 +456,7 @@ impl IpamService {
     }
 
     fn open_store(&self, now: BootTime, wait: Duration) -> Result<Open, IpamError> {
+        not_lost(&self.state_dir.join(FILE), &self.spool, self.prefix)?;
         let store = Store::open(&self.state_dir, wait)?;
         let (core, owed) =
             Ipam::load(store.load()?, self.rules, self.boot, now).map_err(|e| store.damaged(e))?;

@@ -17,6 +17,7 @@ pub mod ipam;
 pub mod keeper;
 pub mod kernel;
 pub mod look;
+mod lost;
 mod namespaces;
 pub mod netlink;
 pub mod netns;

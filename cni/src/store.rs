@@ -68,6 +68,19 @@ pub enum StoreError {
         /// What was found.
         what: String,
     },
+    /// There is none, and there must have been one.
+    #[error(
+        "{}: there is no store, but {interfaces} interfaces of pods stand and {releases} releases wait for one: `kunctl ipam rebuild` makes a new one from what this node knows of its pods",
+        path.display()
+    )]
+    Lost {
+        /// The file.
+        path: PathBuf,
+        /// Interfaces of ours on the node.
+        interfaces: usize,
+        /// Releases in the spool.
+        releases: usize,
+    },
     /// Reading or writing failed.
     #[error("{}: {what}", path.display())]
     Io {
@@ -128,6 +141,22 @@ impl Store {
     fn on_file(path: &Path, file: File) -> Result<Self, StoreError> {
         let backend = FileBackend::new(file).map_err(|e| cannot_open(path, e))?;
         Self::on(path, Disk::new(backend))
+    }
+
+    /// A new one in a file of another name, which nobody looks for; what had the name is removed.
+    pub(crate) fn make(new: &Path) -> Result<Self, StoreError> {
+        // Left by a process that had this number before.
+        match std::fs::remove_file(new) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(new, &e)),
+            Ok(()) | Err(_) => {}
+        }
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(new)
+            .map_err(|e| io(new, &e))?;
+        Self::on_file(new, file)
     }
 
     /// On any backend; `path` is for messages.
@@ -316,18 +345,7 @@ fn cannot_open(path: &Path, error: DatabaseError) -> StoreError {
 /// A new file gets its name once it is whole: one that a crash cut off while it was made would be taken for a damaged store.
 fn create(state_dir: &Path, path: &Path) -> Result<(), StoreError> {
     let new = state_dir.join(format!("{FILE}.new-{}", std::process::id()));
-    // Left by a process that had this number before.
-    match std::fs::remove_file(&new) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(&new, &e)),
-        Ok(()) | Err(_) => {}
-    }
-    let file = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&new)
-        .map_err(|e| io(&new, &e))?;
-    drop(Store::on_file(&new, file)?);
+    drop(Store::make(&new)?);
     let placed = File::open(&new)
         .and_then(|file| file.sync_all())
         // Not renamed over: another process may have been faster, and somebody may have an address from its store.

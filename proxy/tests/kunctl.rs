@@ -293,6 +293,10 @@ fn a_damaged_store_is_refused_by_all_and_rebuilt_under_living_pods() {
     let failed = std::thread::scope(|scope| {
         let client = scope.spawn(|| traffic(&node.fabric, &to, &stop, &made));
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            fs::remove_file(&store).unwrap();
+            refused(&node, "removed");
+            assert!(!store.exists(), "none is made by the way");
+            rebuilt(&node, "removed");
             for (what, bad) in damages(&good) {
                 fs::write(&store, &bad).unwrap();
                 refused(&node, what);

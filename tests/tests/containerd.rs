@@ -322,7 +322,7 @@ fn a_containerd_killed_while_it_starts_a_sandbox_leaks_nothing() {
     });
     assert_eq!(answer.unwrap(), "third");
     crictl.start_again();
-    assert_eq!(crictl.known(), [sandbox.id.clone()]);
+    assert_eq!(crictl.known(), std::slice::from_ref(&sandbox.id));
     crictl.nothing_leaks("after all");
 }
 
