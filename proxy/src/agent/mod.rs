@@ -48,6 +48,7 @@ mod node;
 mod records;
 mod routes;
 mod server;
+mod sockets;
 mod translator;
 
 use announce::{Announcer, Facts};
