@@ -1,13 +1,15 @@
 //! The eBPF maps as a [`Backend`]: ops applied, everything read back for adoption; programs attached and flows expired besides.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::time::Duration;
 
 use kun_config::Config;
 use kun_ebpf_abi::reason::Reason;
 use kun_ebpf_abi::service::View;
+use kun_ebpf_abi::service::packet::UDP;
 use kun_ebpf_loader::{
-    Adopted, Error, Expired, FlowRecords, Missing, ServiceConfig, ServiceDataplane,
+    Adopted, Error, Expired, FlowRecords, Missing, PeerWay, ServiceConfig, ServiceDataplane,
 };
 use kun_proxy_core::{Backend, Limits, Observed, Op, PLANNED_VIEWS};
 
@@ -85,6 +87,16 @@ impl EbpfBackend {
     /// The flow records, for a thread of its own.
     pub fn flow_records(&mut self) -> Result<FlowRecords, Error> {
         self.dataplane.maps().flow_records()
+    }
+
+    /// Where the connect program led the socket of this cookie.
+    pub fn peer(&mut self, socket: u64) -> Result<Option<PeerWay>, Error> {
+        self.dataplane.maps().peer(socket)
+    }
+
+    /// Those of these ways of UDP of which the frontend's service has no such backend any more.
+    pub fn gone(&mut self, ways: HashSet<PeerWay>) -> Result<HashSet<PeerWay>, Error> {
+        self.dataplane.maps().gone(ways, UDP)
     }
 
     /// Removes idle flows. `now`: CLOCK_BOOTTIME.

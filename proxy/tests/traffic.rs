@@ -3,16 +3,19 @@
 mod rig;
 
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use kun_control::{Request, Response};
-use kun_harness::{Netns, wait_until};
-use rig::{Inside, Node};
+use kun_harness::{Netns, wait_for, wait_until};
+use rig::{Inside, Node, Service, VIP4, VIP6};
 use serde_json::{Value, json};
 
 /// Everything here takes milliseconds; a busy machine takes its time.
 const SOON: Duration = Duration::from_secs(20);
+
+/// Stale sockets are looked for every 15 s.
+const SWEPT_WITHIN: Duration = Duration::from_secs(40);
 
 /// The node's addresses.
 const NODE4: &str = "192.0.2.2";
@@ -35,6 +38,75 @@ fn ports() -> Value {
 
 fn refused(from: &Netns, to: SocketAddr) -> bool {
     rig::name_over_tcp(from, to).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
+}
+
+/// A socket that names whom it sends to with each datagram.
+fn unconnected(from: &Netns, family_of: &str) -> UdpSocket {
+    let any: IpAddr = match family_of.contains(':') {
+        true => Ipv6Addr::UNSPECIFIED.into(),
+        false => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    let socket = from.run(|| UdpSocket::bind((any, 0))).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    socket
+}
+
+/// Who answered, by address and by name.
+fn asked_unconnected(socket: &UdpSocket, to: SocketAddr) -> (SocketAddr, String) {
+    socket.send_to(b"who?", to).unwrap();
+    let mut buffer = [0; 64];
+    let (length, from) = socket.recv_from(&mut buffer).unwrap();
+    (
+        from,
+        String::from_utf8_lossy(&buffer[..length]).into_owned(),
+    )
+}
+
+/// kubelet's probes, resolvers, agents: processes that no pod's interface stands before.
+#[test]
+fn udp_of_the_nodes_own_processes_follows_services_and_host_ports() {
+    let Some(node) = Node::start("ownudp") else {
+        return;
+    };
+    let one = node.server_with("one", &ports());
+    let two = node.server("two");
+    node.publish(&Service::new(&[&one]));
+    let _inside = Inside::enter(&node);
+    let asked: Vec<(UdpSocket, SocketAddr)> = [(VIP4, 53), (VIP6, 53), (NODE4, UDP), (NODE6, UDP)]
+        .map(|(address, port)| (unconnected(&node.netns, address), at(address, port)))
+        .into();
+    for (socket, to) in &asked {
+        assert_eq!(asked_unconnected(socket, *to), (*to, "one".to_owned()));
+        assert_eq!(rig::names_over_udp(&node.netns, *to, 2), ["one"]);
+    }
+    let connected = [VIP4, VIP6].map(|vip| rig::flow(&node.netns, at(vip, 53)).unwrap());
+    for socket in &connected {
+        assert_eq!(rig::ask(socket).unwrap(), "one");
+    }
+    // The very next datagram of the same sockets.
+    node.publish(&Service::new(&[&two]));
+    for (socket, to) in &asked[..2] {
+        assert_eq!(asked_unconnected(socket, *to), (*to, "two".to_owned()));
+    }
+    // Of a connected one the kernel asks nobody: it is aborted, so that nothing goes to whoever has the address next.
+    let fresh = rig::flow(&node.netns, at(VIP4, 53)).unwrap();
+    for socket in &connected {
+        let error = wait_for("the end of a stale socket", SWEPT_WITHIN, || {
+            socket.take_error().unwrap()
+        });
+        assert_eq!(error.unwrap().kind(), ErrorKind::ConnectionAborted);
+    }
+    assert_eq!(rig::ask(&fresh).unwrap(), "two");
+    node.remove(one);
+    let _three = node.server_with("three", &ports());
+    for (socket, to) in &asked[2..] {
+        assert_eq!(asked_unconnected(socket, *to), (*to, "three".to_owned()));
+    }
+    node.publish(&Service::new(&[]));
+    for (socket, to) in &asked[..2] {
+        let refused = socket.send_to(b"who?", *to).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    }
 }
 
 #[test]
@@ -69,6 +141,10 @@ fn a_host_port_is_served_to_everybody_who_may() {
     for address in [NODE4, NODE6, "127.0.0.1", "::1"] {
         let name = rig::name_over_tcp(&node.netns, at(address, TCP));
         assert_eq!(name.unwrap(), "one", "the node, TCP to {address}");
+        let seen = rig::names_over_udp(&node.netns, at(address, UDP), 3);
+        assert_eq!(seen, ["one"], "the node, UDP to {address}");
+        let (from, name) = asked_unconnected(&unconnected(&node.netns, address), at(address, UDP));
+        assert_eq!((from, name.as_str()), (at(address, UDP), "one"));
     }
     for address in ["127.0.0.1", "::1"] {
         assert!(

@@ -39,6 +39,13 @@ const EBPF_TESTS: &[(&str, &[&str])] = &[
     ("packets", &[]),
     ("differential", &[]),
     ("connect", &[]),
+    (
+        "datagrams",
+        &[
+            "a_socket_leaves_a_backend_that_is_gone_with_its_next_datagram",
+            "without_an_endpoint_a_datagram_is_refused_at_once",
+        ],
+    ),
     ("nat64_cases", &[]),
     ("live", &["udp_between_pods_to_oneself_and_from_outside"]),
     ("nat64_live", &["udp_crosses_both_ways"]),

@@ -171,6 +171,11 @@ pub mod flow {
     pub const REVERSE: u8 = 1;
     /// Backend to itself as its client, whom it sees under the hairpin address: the value's address is the frontend's.
     pub const HAIRPIN: u8 = 2;
+    /// A socket of the node itself to a frontend: the source is the socket ([`select::socket_client`](super::select::socket_client)),
+    /// the value's address is the backend's. No packet has this direction.
+    pub const SOCKET: u8 = 3;
+    /// A backend to such a socket: the value's address is the frontend's.
+    pub const SOCKET_REVERSE: u8 = 4;
 }
 
 /// Value of `flows`.

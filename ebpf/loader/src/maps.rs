@@ -4,7 +4,7 @@
 //! right is the caller's (write slots and backends, then publish; recycle after [`ServiceMaps::grace`]); the stores themselves
 //! are release stores in program order.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::fence;
@@ -124,6 +124,15 @@ pub struct Expired {
     pub removed: u64,
 }
 
+/// From where to where a connect program led a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PeerWay {
+    /// What its process asked for.
+    pub frontend: (Addr, Port),
+    /// What it is connected to.
+    pub backend: (Addr, Port),
+}
+
 /// Typed handles.
 #[derive(Debug)]
 pub struct ServiceMaps {
@@ -131,6 +140,7 @@ pub struct ServiceMaps {
     flows: OwnedFd,
     opted_out: OwnedFd,
     affinity: OwnedFd,
+    peers: OwnedFd,
     views: Mapped,
     slots: Mapped,
     backends: Mapped,
@@ -176,6 +186,7 @@ impl ServiceMaps {
             flows,
             opted_out: object.map("opted_out")?,
             affinity: object.map("affinity")?,
+            peers: object.map("peers")?,
             views,
             slots,
             backends,
@@ -385,6 +396,51 @@ impl ServiceMaps {
     /// One flow record, for explanations.
     pub fn flow(&self, key: &FlowKey) -> Result<Option<FlowValue>, Error> {
         sys::lookup(self.flows.as_fd(), key).map_err(failed("flows", "look up"))
+    }
+
+    /// Where the connect program led the socket of this cookie.
+    pub fn peer(&self, socket: u64) -> Result<Option<PeerWay>, Error> {
+        let found: Option<PeerValue> =
+            sys::lookup(self.peers.as_fd(), &socket).map_err(failed("peers", "look up"))?;
+        Ok(found.map(|value| PeerWay {
+            frontend: (value.frontend, value.frontend_port),
+            backend: (value.backend, value.backend_port),
+        }))
+    }
+
+    /// Those of these ways of a protocol, from a frontend to a backend, of which the frontend's service has no such backend any
+    /// more.
+    pub fn gone(&self, ways: HashSet<PeerWay>, proto: u8) -> Result<HashSet<PeerWay>, Error> {
+        let mut gone = HashSet::new();
+        let mut sought: HashMap<(u32, Addr, Port), Vec<PeerWay>> = HashMap::new();
+        for way in ways {
+            let (addr, port) = way.frontend;
+            let key = ServiceKey {
+                addr,
+                port,
+                proto,
+                pad: 0,
+            };
+            match self.service(&key)? {
+                Some(service) => {
+                    let (addr, port) = way.backend;
+                    let backend = (service.service, addr, port);
+                    sought.entry(backend).or_default().push(way);
+                }
+                None => drop(gone.insert(way)),
+            }
+        }
+        for id in 0..self.capacities.backends {
+            if sought.is_empty() {
+                break;
+            }
+            let backend = self.backend(id)?;
+            if matches!(backend.state, state::ACTIVE | state::DRAINING) {
+                sought.remove(&(backend.service, backend.addr, backend.port));
+            }
+        }
+        gone.extend(sought.into_values().flatten());
+        Ok(gone)
     }
 
     /// One affinity record, for explanations.

@@ -27,11 +27,15 @@ const UPLINK: [(&str, Direction); 2] = [
     ("uplink_ingress", Direction::Ingress),
     ("uplink_egress", Direction::Egress),
 ];
-const CGROUP: [(&str, u32); 4] = [
+const CGROUP: [(&str, u32); 8] = [
     ("connect4", attach_type::CONNECT4),
     ("connect6", attach_type::CONNECT6),
     ("getpeername4", attach_type::GETPEERNAME4),
     ("getpeername6", attach_type::GETPEERNAME6),
+    ("sendmsg4", attach_type::SENDMSG4),
+    ("sendmsg6", attach_type::SENDMSG6),
+    ("recvmsg4", attach_type::RECVMSG4),
+    ("recvmsg6", attach_type::RECVMSG6),
 ];
 
 /// Where and how large.
@@ -150,7 +154,7 @@ impl ServiceDataplane {
         self.object.features().missing()
     }
 
-    /// Serves connect() of the processes below the configured cgroup.
+    /// Serves connect() of the processes below the configured cgroup, and UDP of those in the node's network namespace.
     pub fn attach_cgroup(&mut self) -> Result<(), Error> {
         for (program, attach) in CGROUP {
             self.object

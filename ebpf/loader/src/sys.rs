@@ -67,6 +67,14 @@ pub(crate) mod attach_type {
     pub(crate) const CONNECT4: u32 = 10;
     /// cgroup/connect6.
     pub(crate) const CONNECT6: u32 = 11;
+    /// cgroup/sendmsg4.
+    pub(crate) const SENDMSG4: u32 = 14;
+    /// cgroup/sendmsg6.
+    pub(crate) const SENDMSG6: u32 = 15;
+    /// cgroup/recvmsg4.
+    pub(crate) const RECVMSG4: u32 = 19;
+    /// cgroup/recvmsg6.
+    pub(crate) const RECVMSG6: u32 = 20;
     /// cgroup/getpeername4.
     pub(crate) const GETPEERNAME4: u32 = 29;
     /// cgroup/getpeername6.

@@ -291,7 +291,7 @@ fn udp_and_other_destinations_pass_untouched() {
     let mut world = World::new();
     world.services();
     for f in families() {
-        // The same address and port over UDP is another key, and the socket hooks leave UDP to the packets' path.
+        // The same address and port over UDP is another key, and the socket hooks leave a pod's UDP to the packets' path.
         world.rig.service(9, f.vip, 80, UDP, Scope::Cluster);
         world
             .netns
@@ -338,7 +338,16 @@ fn the_next_agent_adopts_the_hooks_without_a_gap() {
     });
     assert_eq!(
         adopted.links,
-        ["connect4", "connect6", "getpeername4", "getpeername6"]
+        [
+            "connect4",
+            "connect6",
+            "getpeername4",
+            "getpeername6",
+            "recvmsg4",
+            "recvmsg6",
+            "sendmsg4",
+            "sendmsg6"
+        ]
     );
     assert_eq!(adopted.maps, 10);
     assert_eq!((adopted.stale.len(), adopted.capacities.len()), (0, 0));

@@ -25,7 +25,7 @@ use super::limits::Limiter;
 use super::metrics::Metrics;
 use super::translator::Translator;
 use super::watermark::Applied;
-use super::{links, node};
+use super::{links, node, sockets};
 
 mod interfaces;
 mod report;
@@ -41,6 +41,9 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// How often the flow table is swept, a fraction of any sensible idle time, and pods' filters are looked for.
 const EXPIRE_EVERY: Duration = Duration::from_secs(15);
+
+/// Under which a complaint about sockets is remembered: no interface has such a name.
+const SOCKETS: &str = "UDP sockets";
 
 /// After an op failed: the first wait, doubled up to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
@@ -563,6 +566,26 @@ impl Dataplane {
         match self.backend().expire_flows(clock::now().0, idle) {
             Ok(expired) => self.metrics.expired(&expired),
             Err(error) => tracing::warn!(%error, "idle flows cannot be expired"),
+        }
+        match sockets::abort_stale(self.backend()) {
+            Ok(0) => {}
+            Ok(aborted) => {
+                tracing::info!(
+                    aborted,
+                    "UDP sockets that were connected to endpoints that are gone"
+                );
+            }
+            Err(error) => {
+                // A kernel without it says so each time.
+                let error = error.to_string();
+                let before = self.complaints.insert(SOCKETS.to_owned(), error.clone());
+                if before.as_ref() != Some(&error) {
+                    tracing::warn!(
+                        error,
+                        "UDP sockets of this node stay connected to endpoints that are gone"
+                    );
+                }
+            }
         }
         if let Some(translator) = &mut self.translator
             && let Err(error) = translator.expire()

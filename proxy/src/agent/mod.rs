@@ -52,6 +52,7 @@ mod node;
 mod records;
 mod routes;
 mod server;
+mod sockets;
 mod translator;
 mod watermark;
 

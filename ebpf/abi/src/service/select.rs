@@ -23,7 +23,7 @@ pub struct Chosen {
 
 impl Chosen {
     #[inline(always)]
-    fn new(id: u32, backend: &Backend) -> Self {
+    pub(super) fn new(id: u32, backend: &Backend) -> Self {
         Chosen {
             id,
             generation: backend.generation,
@@ -74,6 +74,17 @@ fn mix(h: u32, word: u32) -> u32 {
 /// The identity of a client at connect(): its network namespace, in the discard-only prefix 100::/64 (RFC 6666).
 #[inline(always)]
 pub const fn netns_client(cookie: u64) -> Addr {
+    discarded(cookie)
+}
+
+/// A socket as the source of a flow, in the same prefix: the direction of its records says that it is no namespace.
+#[inline(always)]
+pub const fn socket_client(cookie: u64) -> Addr {
+    discarded(cookie)
+}
+
+#[inline(always)]
+const fn discarded(cookie: u64) -> Addr {
     let c = cookie.to_be_bytes();
     Addr([
         u32::from_ne_bytes([1, 0, 0, 0]),

@@ -6,6 +6,8 @@
 //! | [`to_client`] | what reaches a pod, or leaves the uplink | backend's reply → from the service address |
 //! | [`from_uplink`] | what comes from outside | external service address → backend, by the external view |
 //! | [`connect`] | a socket's destination | service address → backend |
+//! | [`send`] | a datagram's destination, of a socket of the node itself | service address → backend |
+//! | [`receive`] | a datagram's source, at such a socket | backend → service address |
 //!
 //! A flow has one record per direction, each naming the other end's rewriting. Either may be lost (the table is an LRU: a full
 //! one must not stop new flows, and a flow that it forgets is found again, because the choice depends on the tuple alone):
@@ -15,6 +17,10 @@
 //! Of the backend's answers, tuple and record are one: a client that reaches one backend by two frontends from one port (VIPs 80
 //! and 443 with one target port, say) would have two flows with one reverse record. The later flow gets another client port
 //! on its way to the backend, which both records name; [`PORTS`] are tried.
+//!
+//! A socket has records like a flow, in directions of their own, with the socket in the place of the client: its datagrams keep a
+//! backend for as long as that lives. Its port cannot be changed, so that of two frontends with one backend the answers are taken
+//! for those of the frontend that the socket has sent to last.
 //!
 //! Hairpin: to a pod that is chosen as its own backend the packet comes from [`HAIRPIN_V4`] or [`HAIRPIN_V6`], since neither
 //! family's stack takes a packet from its own address off a wire. Its replies leave by its default route and so come back to
@@ -172,6 +178,112 @@ pub fn connect<M: Maps>(maps: &mut M, service: &ServiceValue, client: Addr, seed
             maps.count(reason(none));
             Connect::Refuse
         }
+    }
+}
+
+/// A datagram that an unconnected socket of the node itself sends to the frontend `to`. `client` is as for [`connect`].
+#[inline(always)]
+pub fn send<M: Maps>(
+    maps: &mut M,
+    to: &ServiceKey,
+    service: &ServiceValue,
+    socket: Addr,
+    client: Addr,
+) -> Connect {
+    let key = FlowKey {
+        src: socket,
+        dst: to.addr,
+        sport: Port(0),
+        dport: to.port,
+        proto: to.proto,
+        dir: flow::SOCKET,
+        pad: 0,
+    };
+    let now = maps.now();
+    let mut held = None;
+    let mut refresh = true;
+    if let Some(record) = maps.flow(&key)
+        && let Some(backend) = maps.backend(record.backend)
+        && backend.generation == record.generation
+    {
+        refresh = due(record, now);
+        held = Some(Chosen::new(record.backend, backend));
+    }
+    let chosen = match held {
+        Some(chosen) => chosen,
+        None => match select_for(
+            maps,
+            service,
+            service.internal_view,
+            client,
+            hash(&key),
+            now,
+        ) {
+            Ok(chosen) => chosen,
+            Err(none) => {
+                maps.count(reason(none));
+                return Connect::Refuse;
+            }
+        },
+    };
+    let back = answers_to(socket, chosen.addr, chosen.port, to.proto);
+    let named = match maps.flow(&back) {
+        Some(record) => {
+            record.addr.same(&to.addr)
+                && record.port.0 == to.port.0
+                && record.generation == chosen.generation
+                && record.backend == chosen.id
+        }
+        None => false,
+    };
+    if refresh || !named {
+        let mut value = FlowValue {
+            addr: chosen.addr,
+            port: chosen.port,
+            closing: 0,
+            pad: 0,
+            backend: chosen.id,
+            generation: chosen.generation,
+            client: Port(0),
+            pad2: 0,
+            seen: now,
+        };
+        let mut room = maps.put_flow(&key, &value);
+        value.addr = to.addr;
+        value.port = to.port;
+        room &= maps.put_flow(&back, &value);
+        if !room {
+            maps.count(Reason::FlowTableFull);
+            return Connect::Refuse;
+        }
+    }
+    Connect::To(chosen)
+}
+
+/// Whose answer a datagram is that a socket of the node itself gets from `from`: the frontend; `None`: as it says.
+#[inline(always)]
+pub fn receive<M: Maps>(
+    maps: &M,
+    socket: Addr,
+    from: Addr,
+    port: Port,
+    proto: u8,
+) -> Option<(Addr, Port)> {
+    let held = maps.flow(&answers_to(socket, from, port, proto))?;
+    alive(maps, held).then_some((held.addr, held.port))
+}
+
+/// The record of a backend's answers to a socket.
+#[inline(always)]
+fn answers_to(socket: Addr, backend: Addr, port: Port, proto: u8) -> FlowKey {
+    FlowKey {
+        src: backend,
+        dst: socket,
+        sport: port,
+        dport: Port(0),
+        proto,
+        dir: flow::SOCKET_REVERSE,
+        pad: 0,
     }
 }
 

@@ -5,7 +5,8 @@
 //! | `pod_ingress` | classifier | ingress of a pod's veth on the node: what the pod sends |
 //! | `pod_egress` | classifier | egress of a pod's veth on the node: what reaches the pod |
 //! | `uplink_ingress`, `uplink_egress` | classifier | the uplink |
-//! | `connect4`, `connect6`, `getpeername4`, `getpeername6` | sock_addr | the cgroup of the pods |
+//! | `connect4`, `connect6`, `getpeername4`, `getpeername6` | sock_addr | the cgroup of the pods and of the node's own processes |
+//! | `sendmsg4`, `sendmsg6`, `recvmsg4`, `recvmsg6` | sock_addr | the same: UDP of the node's own processes |
 //!
 //! Map capacities are the loader's; those here are the least that load.
 

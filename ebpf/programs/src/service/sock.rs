@@ -1,7 +1,10 @@
 //! The socket hooks: a TCP connect() to a service goes to a backend, and getpeername() still shows the service.
 //!
-//! UDP sockets pass: their packets are translated one by one at the pod's interface, so that a datagram of a long-lived socket
-//! never goes to a backend that is gone.
+//! UDP sockets of pods pass: their packets are translated one by one at the pod's interface, so that a datagram of a long-lived
+//! socket never goes to a backend that is gone. Sockets of the node's own network namespace have no such interface before them.
+//! Theirs are served here: an unconnected one at each sendmsg(), where a backend that is gone is another generation and the
+//! datagram goes to the next; a connected one at connect(), after which the kernel asks no more. What that one sends to a backend
+//! that is gone is answered by the network, as it is to a client of any server that is gone.
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::Global;
@@ -12,10 +15,10 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use kun_ebpf_abi::service::packet::TCP;
-use kun_ebpf_abi::service::select::netns_client;
-use kun_ebpf_abi::service::steer::{Connect, Maps, connect};
-use kun_ebpf_abi::service::{PeerValue, Scope, ServiceKey};
+use kun_ebpf_abi::service::packet::{TCP, UDP};
+use kun_ebpf_abi::service::select::{netns_client, socket_client};
+use kun_ebpf_abi::service::steer::{self, Connect, Maps, connect};
+use kun_ebpf_abi::service::{PeerValue, Scope, ServiceKey, ServiceValue};
 use kun_ebpf_abi::{Addr, Port};
 
 use crate::maps::{Kernel, OPTED_OUT, PEERS};
@@ -44,6 +47,26 @@ fn connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 fn connect6(ctx: SockAddrContext) -> i32 {
     serve::<V6>(&ctx)
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    send::<V4>(&ctx)
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    send::<V6>(&ctx)
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    receive::<V4>(&ctx)
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    receive::<V6>(&ctx)
 }
 
 #[cgroup_sock_addr(getpeername4)]
@@ -133,36 +156,66 @@ fn set_port(sock: *mut bpf_sock_addr, port: Port) {
 }
 
 #[inline(always)]
-fn serve<F: Family>(ctx: &SockAddrContext) -> i32 {
-    let sock = ctx.sock_addr;
+fn protocol(sock: *mut bpf_sock_addr) -> u32 {
     // SAFETY: the context is valid for the program's run.
-    if unsafe { (&raw const (*sock).protocol).read_volatile() } != u32::from(TCP) {
-        return ALLOW;
-    }
+    unsafe { (&raw const (*sock).protocol).read_volatile() }
+}
+
+/// Is the socket in the node's own network namespace?
+#[inline(always)]
+fn of_node(ctx: &SockAddrContext) -> bool {
+    // SAFETY: the context is the program's own.
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) == NODE_NETNS.load() }
+}
+
+#[inline(always)]
+fn socket(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the context is the program's own.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
+}
+
+/// The frontend that the context's address is, for a process that is served.
+#[inline(always)]
+fn frontend<F: Family>(ctx: &SockAddrContext, proto: u8) -> Option<(ServiceKey, ServiceValue)> {
+    let sock = ctx.sock_addr;
     let key = ServiceKey {
         addr: F::load(sock),
         port: port(sock),
-        proto: TCP,
+        proto,
         pad: 0,
     };
-    let Some(service) = Kernel.service(&key).copied() else {
+    let service = Kernel.service(&key).copied()?;
+    if opted_out() {
+        return None;
+    }
+    let node_only = proto == UDP || service.scope == Scope::HostLoopback as u8;
+    if node_only && !of_node(ctx) {
+        return None;
+    }
+    Some((key, service))
+}
+
+/// Who is held to a backend by ClientIP affinity.
+#[inline(always)]
+fn client(ctx: &SockAddrContext, service: &ServiceValue) -> Addr {
+    if service.affinity_secs == 0 {
+        return Addr([0; 4]);
+    }
+    // SAFETY: the context is the program's own.
+    netns_client(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) })
+}
+
+#[inline(always)]
+fn serve<F: Family>(ctx: &SockAddrContext) -> i32 {
+    let sock = ctx.sock_addr;
+    let proto = protocol(sock);
+    if proto != u32::from(TCP) && proto != u32::from(UDP) {
+        return ALLOW;
+    }
+    let Some((key, service)) = frontend::<F>(ctx, proto as u8) else {
         return ALLOW;
     };
-    if opted_out() {
-        return ALLOW;
-    }
-    if service.scope == Scope::HostLoopback as u8 {
-        // SAFETY: the context is the program's own.
-        let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-        if netns != NODE_NETNS.load() {
-            return ALLOW;
-        }
-    }
-    let mut client = Addr([0; 4]);
-    if service.affinity_secs != 0 {
-        // SAFETY: the context is the program's own.
-        client = netns_client(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) });
-    }
+    let client = client(ctx, &service);
     // SAFETY: takes nothing, returns a number.
     let seed = unsafe { bpf_get_prandom_u32() };
     match connect(&mut Kernel, &service, client, seed) {
@@ -179,9 +232,7 @@ fn serve<F: Family>(ctx: &SockAddrContext) -> i32 {
                 frontend_port: key.port,
                 backend_port: to.port,
             };
-            // SAFETY: the context is the program's own.
-            let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-            let _ = PEERS.insert(cookie, value, BPF_ANY as u64);
+            let _ = PEERS.insert(socket(ctx), value, BPF_ANY as u64);
             ALLOW
         }
         Connect::Refuse => refuse::<F>(sock),
@@ -219,16 +270,59 @@ fn opted_out() -> bool {
 }
 
 #[inline(always)]
-fn show<F: Family>(ctx: &SockAddrContext) -> i32 {
+fn send<F: Family>(ctx: &SockAddrContext) -> i32 {
     let sock = ctx.sock_addr;
-    // SAFETY: the context is valid for the program's run.
-    if unsafe { (&raw const (*sock).protocol).read_volatile() } != u32::from(TCP) {
+    if protocol(sock) != u32::from(UDP) {
         return ALLOW;
     }
-    // SAFETY: the context is the program's own.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let Some((key, service)) = frontend::<F>(ctx, UDP) else {
+        return ALLOW;
+    };
+    let from = socket_client(socket(ctx));
+    let client = client(ctx, &service);
+    match steer::send(&mut Kernel, &key, &service, from, client) {
+        Connect::Untouched => ALLOW,
+        Connect::To(to) if F::store(sock, &to.addr) => {
+            set_port(sock, to.port);
+            ALLOW
+        }
+        Connect::To(_) | Connect::Refuse => {
+            if HAS_SET_RETVAL.load() == 1 {
+                // SAFETY: as in `refuse`. Without the helper it is EPERM: a datagram has no handshake to be reset.
+                unsafe { bpf_set_retval(-ECONNREFUSED) };
+            }
+            REFUSE
+        }
+    }
+}
+
+#[inline(always)]
+fn receive<F: Family>(ctx: &SockAddrContext) -> i32 {
+    let sock = ctx.sock_addr;
+    if protocol(sock) != u32::from(UDP) || !of_node(ctx) {
+        return ALLOW;
+    }
+    let to = socket_client(socket(ctx));
+    match steer::receive(&Kernel, to, F::load(sock), port(sock), UDP) {
+        Some((addr, port)) => {
+            if F::store(sock, &addr) {
+                set_port(sock, port);
+            }
+            ALLOW
+        }
+        None => show::<F>(ctx),
+    }
+}
+
+#[inline(always)]
+fn show<F: Family>(ctx: &SockAddrContext) -> i32 {
+    let sock = ctx.sock_addr;
+    let proto = protocol(sock);
+    if proto != u32::from(TCP) && proto != u32::from(UDP) {
+        return ALLOW;
+    }
     // SAFETY: an element of the map; one that is recycled meanwhile fails the comparison below.
-    if let Some(peer) = unsafe { PEERS.get(cookie) } {
+    if let Some(peer) = unsafe { PEERS.get(socket(ctx)) } {
         let peer = *peer;
         if peer.backend.same(&F::load(sock))
             && peer.backend_port.0 == port(sock).0
