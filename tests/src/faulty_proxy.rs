@@ -244,8 +244,8 @@ async fn read_request(stream: &mut TcpStream) -> Result<Asked> {
     let method = words.next().context("a request line")?.to_owned();
     let path = words.next().context("a request line")?.to_owned();
     let header = |name: &str| {
-        let lines = head.lines().filter_map(|l| l.split_once(':'));
-        let found = lines.filter(|(k, _)| k.eq_ignore_ascii_case(name)).next();
+        let mut lines = head.lines().filter_map(|l| l.split_once(':'));
+        let found = lines.find(|(k, _)| k.eq_ignore_ascii_case(name));
         found.map(|(_, value)| value.trim().to_owned())
     };
     let length: usize = match header("content-length") {

@@ -240,12 +240,9 @@ impl Histories {
             Some(Move::Tell(phase)) => {
                 world.tell(node, phase, false);
             }
-            Some(Move::Store(claim)) => {
-                if cut.is_none() {
-                    world.store(node, claim);
-                }
-            }
-            None => {}
+            Some(Move::Store(claim)) if cut.is_none() => world.store(node, claim),
+            // Died before it was stored.
+            Some(Move::Store(_)) | None => {}
         }
         if cut.is_some() {
             world.die(node, cut);
