@@ -331,9 +331,9 @@ fn of_two_that_write_at_once_one_is_refused() {
         };
         assert!(matches!(refused, WriteError::Exists { .. }), "{refused}");
         let name = ObjectName::new("", &name);
-        if b.is_ok() {
+        if let Ok(made) = b {
             // Handed over, so that there is something to confirm.
-            let version = &b.unwrap()["metadata"]["resourceVersion"];
+            let version = &made["metadata"]["resourceVersion"];
             let patch = json!({"metadata": {"resourceVersion": version}, "spec": {"node": NODE, "nodeUID": uid, "epoch": 2}});
             one.patch(resource, &name, &patch).unwrap();
         }
