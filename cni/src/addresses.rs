@@ -49,36 +49,31 @@ pub(crate) fn allocate(
                 .collect(),
         ),
     };
-    let response = allocator.ask(&Request::Allocate {
+    let request = Request::Allocate {
         key: key(attachment, network),
         pod: pod(attachment),
         class,
         slot,
         within,
         delegated,
-    })?;
-    match response {
-        Response::Allocation { allocation } => Ok(allocation),
-        Response::Exhausted { exhausted } => Err(Failure::new(Code::TryAgainLater, exhausted)),
+    };
+    let (response, not_gathered) = allocator.ask_for_slot(&request, config)?;
+    let failure = match response {
+        Response::Allocation { allocation } => return Ok(allocation),
+        Response::Exhausted { exhausted } => Failure::new(Code::TryAgainLater, exhausted),
         Response::Unavailable { slot, because } => {
             let address = config.ipam.pod_prefix.address(slot);
-            Err(unavailable(
-                &match v4(slot) {
+            unavailable(
+                &match slot.v4() {
                     Some(v4) => format!("{v4} ({address})"),
                     None => address.to_string(),
                 },
                 because,
-            ))
+            )
         }
-        other => Err(unexpected("Allocate", other)),
-    }
-}
-
-fn v4(slot: kun_config::types::Slot) -> Option<std::net::Ipv4Addr> {
-    match slot.class() {
-        kun_config::types::SlotClass::Dual => Some(slot.ipv4()),
-        kun_config::types::SlotClass::V6Only => None,
-    }
+        other => unexpected("Allocate", other),
+    };
+    Err(failure.also(not_gathered.as_slice()))
 }
 
 fn unavailable(address: &str, because: Unavailable) -> Failure {
@@ -162,8 +157,9 @@ pub(crate) fn release(
 /// STATUS: ready when a slot of the default class can be had.
 pub(crate) fn status(config: &Config) -> Result<(), Failure> {
     let not_available = |what: String| Failure::new(Code::NotAvailable, what);
-    let response = Allocator::open(config)
-        .and_then(|mut allocator| allocator.ask(&Request::Capacity { class: None }))
+    let request = Request::Capacity { class: None };
+    let (response, not_gathered) = Allocator::open(config)
+        .and_then(|mut allocator| allocator.ask_for_slot(&request, config))
         .map_err(|e| not_available(e.to_string()))?;
     match response {
         Response::Capacity { free: 1.., .. } => Ok(()),
@@ -171,7 +167,8 @@ pub(crate) fn status(config: &Config) -> Result<(), Failure> {
             allocated, cooling, ..
         } => Err(not_available(format!(
             "no slot is free: {allocated} allocated, {cooling} cooling; `kunctl ipam` shows whose"
-        ))),
+        ))
+        .also(not_gathered.as_slice())),
         other => Err(not_available(unexpected("Capacity", other).details)),
     }
 }

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use kun_cni_core::spec::{Code, Failure};
 use kun_config::Config;
-use kun_control::{Client, ClientError, Request, Response};
+use kun_control::{Client, ClientError, Request, Response, Unavailable};
 
+use crate::alone;
 use crate::clock::{self, ClockError};
 use crate::ipam::{IpamError, IpamService};
 use crate::spool::SpoolError;
@@ -63,6 +64,36 @@ impl Allocator {
             Self::Agent(client) => Ok(client.ask(request)?),
             Self::Alone(service) => Ok(service.handle(request, clock::now())),
         }
+    }
+
+    /// [`Allocator::ask`] for a slot. Alone, one that cannot be had for want of evidence is asked for again once that was
+    /// gathered; an agent gathers by itself. The second part: why that could not be done.
+    pub(crate) fn ask_for_slot(
+        &mut self,
+        request: &Request,
+        config: &Config,
+    ) -> Result<(Response, Option<String>), AllocatorError> {
+        let answer = self.ask(request)?;
+        let service = match self {
+            Self::Alone(service) if lacks_evidence(&answer) => service,
+            Self::Alone(_) | Self::Agent(_) => return Ok((answer, None)),
+        };
+        match alone::gather(service, config, clock::now()) {
+            Ok(()) => Ok((self.ask(request)?, None)),
+            Err(error) => Ok((answer, Some(error.to_string()))),
+        }
+    }
+}
+
+/// Slots have rested, and nobody looked whether they are forgotten.
+fn lacks_evidence(answer: &Response) -> bool {
+    match answer {
+        Response::Exhausted { exhausted } => exhausted.waiting + exhausted.quarantined > 0,
+        Response::Unavailable { because, .. } => {
+            *because == Unavailable::Cooling { free_in_secs: None }
+        }
+        Response::Capacity { cooling, free, .. } => *free == 0 && *cooling > 0,
+        _ => false,
     }
 }
 

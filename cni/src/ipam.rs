@@ -10,7 +10,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use kun_cni_core::ipam::{
-    Choice, Command, Effect, Ipam, Key, Needs, Owner, Pod, Reply, Rules, Unavailable, Watermark,
+    Choice, Command, Effect, Ipam, Key, Needs, Owner, Pod, Reply, Rules, Unavailable,
 };
 use kun_config::types::{BlockId, PodPrefix, Slot, SlotClass};
 use kun_config::{ClusterSource, Config};
@@ -21,7 +21,9 @@ use crate::rows;
 use crate::spool::Spool;
 use crate::store::{FILE, Store, StoreError};
 
-pub use kun_cni_core::ipam::{BootId, BootTime, ClusterLook, Look, Unforgotten};
+pub use kun_cni_core::ipam::{
+    BootId, BootTime, Claim, ClusterLook, Look, Revision, Standing, Unforgotten, Watermark,
+};
 
 /// How long a starting agent waits for plugins that have the store open: each holds it for milliseconds.
 pub const OPEN_WITHIN: Duration = Duration::from_secs(10);
@@ -228,10 +230,10 @@ impl IpamService {
         }
     }
 
-    /// The same, with whether another node had the block before (`true`): its addresses cool before they are used here.
+    /// The same, with how the node stands to each block.
     pub fn set_claims(
         &self,
-        claims: &BTreeMap<BlockId, bool>,
+        claims: &BTreeMap<BlockId, Claim>,
         now: BootTime,
     ) -> Result<(), IpamError> {
         match self.submit(Command::SetClaims(claims.clone()), now) {
@@ -259,6 +261,20 @@ impl IpamService {
     /// The blocks that are ours.
     pub fn blocks(&self, now: BootTime) -> Result<Vec<BlockId>, IpamError> {
         self.read(now, |core| core.owned().collect())
+    }
+
+    /// Every block that is or was ours: how we stand to it, and how many of its slots pods have and how many are not free yet.
+    pub fn standings(
+        &self,
+        now: BootTime,
+    ) -> Result<BTreeMap<BlockId, (Claim, u32, u32)>, IpamError> {
+        self.read(now, |core| {
+            let with = |(block, claim)| {
+                let (allocated, cooling) = core.in_use(block);
+                (block, (claim, allocated, cooling))
+            };
+            core.claims().map(with).collect()
+        })
     }
 
     /// Slots of the class: allocated, cooling, free.
@@ -333,6 +349,7 @@ impl IpamService {
                         .into_iter()
                         .map(|(name, slots)| Holder { name, slots })
                         .collect(),
+                    more: None,
                 },
             },
             Ok(Reply::Changed { generation }) => Response::Failed {
@@ -490,7 +507,7 @@ impl IpamService {
             slot: a.slot,
             generation: a.generation,
             v6: self.prefix.address(a.slot),
-            v4: v4(a.slot),
+            v4: a.slot.v4(),
             pod: control_pod(&a.owner.pod),
             delegated: a.owner.delegated,
         }
@@ -525,11 +542,7 @@ impl IpamService {
 fn needs(source: &ClusterSource) -> Needs {
     match source {
         ClusterSource::Folder(_) => Needs::FOLDER,
-        // Nobody publishes watermarks yet: what nobody gives is not waited for.
-        ClusterSource::Kubernetes { .. } => Needs {
-            watermark: false,
-            ..Needs::API
-        },
+        ClusterSource::Kubernetes { .. } => Needs::API,
     }
 }
 
@@ -561,13 +574,6 @@ fn failed(error: IpamError) -> Response {
 
 pub(crate) fn round_up(duration: Duration) -> u64 {
     duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
-}
-
-pub(crate) fn v4(slot: Slot) -> Option<std::net::Ipv4Addr> {
-    match slot.class() {
-        SlotClass::Dual => Some(slot.ipv4()),
-        SlotClass::V6Only => None,
-    }
 }
 
 /// The core's form of a key.

@@ -133,6 +133,14 @@ pub fn apply_on_node(rtnl: &mut Rtnl, ops: &[Op]) -> Result<(), KernelError> {
     Applier::new(rtnl, None).run(ops)
 }
 
+/// Applies ops of a pod alone, of an attachment that stands; `rtnl` is a socket of the pod's namespace. Addresses and routes that
+/// are there already are left as they are: a pod, or a later plugin, may have chosen its own.
+pub fn complete_in_pod(rtnl: &mut Rtnl, ops: &[Op]) -> Result<(), KernelError> {
+    let mut applier = Applier::new(rtnl, None);
+    applier.only_missing = true;
+    applier.run(ops)
+}
+
 /// What was removed, and what could not be.
 #[derive(Debug, Default)]
 pub struct Removed {
@@ -247,6 +255,8 @@ struct Applier<'a> {
     far: Option<&'a Netns>,
     pending: Vec<(String, Query)>,
     links: BTreeMap<String, Link>,
+    /// Addresses and routes that are there already stay.
+    only_missing: bool,
 }
 
 impl<'a> Applier<'a> {
@@ -256,6 +266,7 @@ impl<'a> Applier<'a> {
             far,
             pending: Vec::new(),
             links: BTreeMap::new(),
+            only_missing: false,
         }
     }
 
@@ -282,7 +293,7 @@ impl<'a> Applier<'a> {
                     ifname, address, ..
                 } => {
                     let index = self.link(op, ifname, rest)?.index;
-                    self.push(op, Query::address(index, *address));
+                    self.push_missing(op, Query::address(index, *address));
                 }
                 Op::Neighbour {
                     ifname,
@@ -297,7 +308,7 @@ impl<'a> Applier<'a> {
                     ifname, to, via, ..
                 } => {
                     let index = self.link(op, ifname, rest)?.index;
-                    self.push(op, Query::route(index, *to, *via));
+                    self.push_missing(op, Query::route(index, *to, *via));
                 }
                 Op::Ipv6 {
                     side,
@@ -341,6 +352,14 @@ impl<'a> Applier<'a> {
         self.pending.push((op.to_string(), query));
     }
 
+    fn push_missing(&mut self, op: &Op, query: Query) {
+        let query = match self.only_missing {
+            true => query.unless_there(),
+            false => query,
+        };
+        self.push(op, query);
+    }
+
     fn flush(&mut self) -> Result<(), KernelError> {
         let (ops, queries): (Vec<String>, Vec<Query>) =
             std::mem::take(&mut self.pending).into_iter().unzip();
@@ -350,6 +369,7 @@ impl<'a> Applier<'a> {
                     self.links.insert(link.name.clone(), link);
                 }
                 Ok(None) => {}
+                Err(e) if self.only_missing && e.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(source) => return Err(KernelError::Refused { op, source }),
             }
         }

@@ -18,9 +18,8 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use crate::ipam::v4;
 use crate::kernel::{self, KernelError};
-use crate::netlink::{Link, NetlinkError, Rtnl};
+use crate::netlink::{Link, NetlinkError, Query, Rtnl};
 
 /// RT_TABLE_LOCAL (rtnetlink(7)).
 const LOCAL_TABLE: u8 = 255;
@@ -38,7 +37,8 @@ struct HostRoute {
 pub struct Sight {
     links: BTreeMap<u32, Link>,
     routes: BTreeMap<IpAddr, Vec<HostRoute>>,
-    neighbours: BTreeMap<IpAddr, BTreeSet<u32>>,
+    /// Interface, and whether somebody set it.
+    neighbours: BTreeMap<IpAddr, BTreeSet<(u32, bool)>>,
 }
 
 impl Sight {
@@ -52,18 +52,18 @@ impl Sight {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
-            for answer in rtnl.dump(RouteNetlinkMessage::GetRoute(message))? {
+            rtnl.dump(RouteNetlinkMessage::GetRoute(message), |answer| {
                 if let RouteNetlinkMessage::NewRoute(route) = answer {
                     sight.route(&route);
                 }
-            }
+            })?;
         }
         let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-        for answer in rtnl.dump(all)? {
+        rtnl.dump(all, |answer| {
             if let RouteNetlinkMessage::NewNeighbour(neighbour) = answer {
                 sight.neighbour(&neighbour);
             }
-        }
+        })?;
         Ok(sight)
     }
 
@@ -104,6 +104,7 @@ impl Sight {
         if !known || neighbour.header.state == NeighbourState::Failed {
             return;
         }
+        let permanent = neighbour.header.state == NeighbourState::Permanent;
         for attribute in &neighbour.attributes {
             let address = match attribute {
                 NeighbourAttribute::Destination(NeighbourAddress::Inet(a)) => IpAddr::V4(*a),
@@ -113,7 +114,7 @@ impl Sight {
             self.neighbours
                 .entry(address)
                 .or_default()
-                .insert(neighbour.header.ifindex);
+                .insert((neighbour.header.ifindex, permanent));
         }
     }
 
@@ -147,12 +148,33 @@ impl Sight {
                     through.unwrap_or_else(|| "nothing".to_owned())
                 ));
             }
-            for index in self.neighbours.get(&address).into_iter().flatten() {
+            for (index, _) in self.neighbours.get(&address).into_iter().flatten() {
                 let name = self.name(*index);
                 known.push(format!("{name} has a neighbour entry for {address}"));
             }
         }
         known
+    }
+
+    /// Removes the neighbour entries that the kernel learnt of released slots; whether there were any. Below its first threshold
+    /// of entries it never forgets one itself, and the next owner would have another hardware address.
+    pub fn remove_learnt(
+        &self,
+        released: &[Unforgotten],
+        prefix: PodPrefix,
+    ) -> Result<bool, NetlinkError> {
+        let theirs = released
+            .iter()
+            .flat_map(|release| addresses(release.slot, prefix));
+        let queries: Vec<Query> = theirs
+            .filter_map(|address| Some((address, self.neighbours.get(&address)?)))
+            .flat_map(|(address, entries)| entries.iter().map(move |entry| (address, entry)))
+            .filter(|(_, (_, permanent))| !permanent)
+            .map(|(address, (index, _))| Query::remove_neighbour(*index, address))
+            .collect();
+        // One that is gone already is what was wanted.
+        Rtnl::open()?.batch(&queries)?;
+        Ok(!queries.is_empty())
     }
 
     /// The interfaces that carry kun's tag, with the slots that routes of ours lead to through them.
@@ -186,7 +208,7 @@ impl Sight {
 pub fn addresses(slot: Slot, prefix: PodPrefix) -> Vec<IpAddr> {
     let v6 = IpAddr::V6(prefix.address(slot));
     std::iter::once(v6)
-        .chain(v4(slot).map(IpAddr::V4))
+        .chain(slot.v4().map(IpAddr::V4))
         .collect()
 }
 

@@ -7,12 +7,12 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use kun_cni_core::ipam::{BootId, Effect, Record, Snapshot};
+use kun_cni_core::ipam::{BootId, Claim, Effect, Record, Snapshot, Standing};
 use kun_config::types::{BlockId, Slot};
 use redb::backends::FileBackend;
 use redb::{
-    Database, DatabaseError, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition,
-    TableError,
+    Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, StorageBackend,
+    TableDefinition, TableError,
 };
 
 use crate::disk::Disk;
@@ -28,6 +28,9 @@ const FLOOR: &str = "floor";
 const SLOTS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("slots");
 /// First slot → owned.
 const BLOCKS: TableDefinition<'_, u32, bool> = TableDefinition::new("blocks");
+/// First slot → JSON of the claim. Younger than the table above, which an older program still reads and writes: what that says of
+/// whose a block is goes first.
+const CLAIMS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("claims");
 
 /// The whole store of the densest node is under 4 MB; redb's own default would be a gigabyte.
 const CACHE: usize = 8 << 20;
@@ -175,7 +178,7 @@ impl Store {
         let read = self.database.begin_read().map_err(|e| self.io(e))?;
         let meta = match read.open_table(META) {
             Ok(meta) => meta,
-            // The first commit makes all three.
+            // The first commit makes all of them.
             Err(TableError::TableDoesNotExist(_)) => return Ok(snapshot),
             Err(e) => return Err(self.io(e)),
         };
@@ -199,8 +202,13 @@ impl Store {
             let first = Slot(first.value());
             let block = BlockId::new(first)
                 .ok_or_else(|| self.damaged(format!("block {first} is not aligned")))?;
-            snapshot.blocks.insert(block, owned.value());
+            let standing = match owned.value() {
+                true => Standing::Confirmed,
+                false => Standing::Returned,
+            };
+            snapshot.blocks.insert(block, Claim::FIRST.to(standing));
         }
+        self.refine(&read, &mut snapshot)?;
         let slots = read.open_table(SLOTS).map_err(|e| self.io(e))?;
         for row in slots.iter().map_err(|e| self.io(e))? {
             let (slot, bytes) = row.map_err(|e| self.io(e))?;
@@ -212,6 +220,28 @@ impl Store {
         Ok(snapshot)
     }
 
+    /// Epochs and standings, as far as they are stored.
+    fn refine(&self, read: &ReadTransaction, snapshot: &mut Snapshot) -> Result<(), StoreError> {
+        let claims = match read.open_table(CLAIMS) {
+            Ok(claims) => claims,
+            Err(TableError::TableDoesNotExist(_)) => return Ok(()),
+            Err(e) => return Err(self.io(e)),
+        };
+        for (block, known) in &mut snapshot.blocks {
+            let first = block.first();
+            let Some(row) = claims.get(first.0).map_err(|e| self.io(e))? else {
+                continue;
+            };
+            let claim: Claim = serde_json::from_slice(row.value())
+                .map_err(|e| self.damaged(format!("the claim of block {first}: {e}")))?;
+            *known = match claim.is_owned() == known.is_owned() {
+                true => claim,
+                false => claim.to(known.standing),
+            };
+        }
+        Ok(())
+    }
+
     /// Makes the effects durable, all or none: one transaction, one flush.
     pub fn commit(&self, effects: &[Effect]) -> Result<(), StoreError> {
         if effects.is_empty() {
@@ -221,6 +251,7 @@ impl Store {
         {
             let mut meta = write.open_table(META).map_err(|e| self.io(e))?;
             let mut blocks = write.open_table(BLOCKS).map_err(|e| self.io(e))?;
+            let mut claims = write.open_table(CLAIMS).map_err(|e| self.io(e))?;
             let mut slots = write.open_table(SLOTS).map_err(|e| self.io(e))?;
             for effect in effects {
                 match effect {
@@ -232,9 +263,14 @@ impl Store {
                         meta.insert(FLOOR, floor.to_be_bytes().as_slice())
                             .map_err(|e| self.io(e))?;
                     }
-                    Effect::PutBlock { block, owned } => {
+                    Effect::PutBlock { block, claim } => {
+                        let bytes = serde_json::to_vec(claim)
+                            .expect("a claim holds only a number and a word");
                         blocks
-                            .insert(block.first().0, *owned)
+                            .insert(block.first().0, claim.is_owned())
+                            .map_err(|e| self.io(e))?;
+                        claims
+                            .insert(block.first().0, bytes.as_slice())
                             .map_err(|e| self.io(e))?;
                     }
                     Effect::PutSlot(record) => {

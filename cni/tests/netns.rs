@@ -4,6 +4,8 @@
 
 mod node;
 
+use std::io::Read;
+use std::net::{Shutdown, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 
@@ -229,4 +231,155 @@ fn routes_survive_flaps_of_either_end() {
             }
         }
     }
+}
+
+/// A pod has one port block to send from. A client that closes first leaves its ports waiting, and goes on all the same.
+#[test]
+fn a_pod_that_used_up_its_ports_has_them_back_soon() {
+    if !require_root() {
+        return;
+    }
+    const PORTS: usize = 1024;
+    let node = Node::new("split");
+    node_addresses(&node);
+    let pod = Pod::new("c1", true);
+    node.add(&pod).unwrap();
+    let listener = node
+        .netns
+        .run(|| std::net::TcpListener::bind("[2001:db8::7]:0").unwrap());
+    let server = listener.local_addr().unwrap();
+    let connect = || {
+        pod.netns.run(|| {
+            let client = TcpStream::connect_timeout(&server, Duration::from_secs(2))?;
+            let (mut served, _) = listener.accept()?;
+            client.shutdown(Shutdown::Write)?;
+            served.read_to_end(&mut Vec::new()).map(drop)
+        })
+    };
+    for _ in 0..PORTS {
+        connect().unwrap();
+    }
+    // One second between two lives of a port; a minute if none were allowed.
+    wait_for("a port to be free", Duration::from_secs(10), || {
+        connect().ok()
+    })
+    .unwrap();
+}
+
+/// What a pod's end must have: addresses, default routes, and neighbour entries for the next hops, in one text.
+fn pods_end(pod: &Pod) -> String {
+    ["-6 addr", "-4 addr", "-6 route", "-4 route", "neigh"]
+        .map(|what| pod.netns.exec(&format!("{what} show")).unwrap())
+        .concat()
+}
+
+/// Lines of [`pods_end`] that a flap takes away, in an order of their own.
+fn lasting(text: &str) -> Vec<String> {
+    let mut lines: Vec<String> = text
+        .lines()
+        .map(|line| line.trim().to_owned())
+        .filter(|line| {
+            ["inet", "default via", "fe80::1 ", "169.254.1.1 "]
+                .iter()
+                .any(|begin| line.starts_with(begin))
+        })
+        .collect();
+    lines.sort();
+    lines
+}
+
+fn keep(node: &Node) {
+    let (ipam, config) = (std::sync::Arc::new(node.service()), node.parsed());
+    node.netns
+        .run(|| kun_cni::keeper::start(ipam, config))
+        .unwrap();
+}
+
+/// A pod that takes its own end down loses IPv6 addresses, and routes and neighbours of both families.
+#[test]
+fn a_pod_gets_back_what_a_flap_of_its_own_end_took() {
+    if !require_root() {
+        return;
+    }
+    for (interfaces, ipv4) in [("split", true), ("shared", true), ("split", false)] {
+        let node = Node::new(interfaces);
+        node_addresses(&node);
+        // Another pod beside it, in whose namespace the interface has the same name.
+        let other = Pod::new("other", ipv4);
+        node.add(&other).unwrap();
+        let pod = Pod::new("c1", ipv4);
+        let result = node.add(&pod).unwrap();
+        let pods = result["interfaces"].as_array().unwrap().len() / 2;
+        let whole = lasting(&pods_end(&pod));
+        let others = lasting(&pods_end(&other));
+        keep(&node);
+        for _ in 0..2 {
+            for ifname in ["eth0", "eth1"].iter().take(pods) {
+                pod.netns.exec(&format!("link set {ifname} down")).unwrap();
+                assert_ne!(lasting(&pods_end(&pod)), whole, "{ifname} is down");
+                pod.netns.exec(&format!("link set {ifname} up")).unwrap();
+            }
+            wait_for("what the flap took", Duration::from_secs(15), || {
+                (lasting(&pods_end(&pod)) == whole).then_some(())
+            })
+            .unwrap_or_else(|e| panic!("{interfaces}: {e}: {}", pods_end(&pod)));
+            first_ping(&pod.netns, "2001:db8::7");
+            if ipv4 {
+                first_ping(&pod.netns, "192.0.2.7");
+            }
+        }
+        assert_eq!(lasting(&pods_end(&other)), others);
+    }
+}
+
+#[test]
+fn what_a_pod_chose_itself_stays_and_an_interface_that_is_not_ours_is_left_alone() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("shared");
+    node_addresses(&node);
+    let (own, foreign, plain) = (
+        Pod::new("c1", true),
+        Pod::new("c2", true),
+        Pod::new("c3", true),
+    );
+    for pod in [&own, &foreign, &plain] {
+        node.add(pod).unwrap();
+    }
+    let whole = lasting(&pods_end(&plain));
+    keep(&node);
+    // While it is down nobody may restore, so what is set before it comes up is there first.
+    own.netns.exec("link set eth0 down").unwrap();
+    own.netns
+        .exec("link add own0 type veth peer name own1")
+        .unwrap();
+    own.netns.exec("link set own0 up").unwrap();
+    own.netns.exec("link set own1 up").unwrap();
+    own.netns.exec("addr add 192.0.2.99/24 dev own0").unwrap();
+    own.netns
+        .exec("-4 route add default via 192.0.2.1 dev own0")
+        .unwrap();
+    own.netns.exec("link set eth0 up").unwrap();
+    foreign.netns.exec("link set eth0 down").unwrap();
+    foreign
+        .netns
+        .exec("link set eth0 address 02:00:00:00:00:99")
+        .unwrap();
+    foreign.netns.exec("link set eth0 up").unwrap();
+    // Flaps for ever: it is whole some time after it ends.
+    for _ in 0..50 {
+        plain.netns.exec("link set eth0 down").unwrap();
+        plain.netns.exec("link set eth0 up").unwrap();
+    }
+    wait_for("what the flaps took", Duration::from_secs(15), || {
+        let own = pods_end(&own);
+        (lasting(&pods_end(&plain)) == whole && own.contains("default via fe80::1 dev eth0"))
+            .then_some(())
+    })
+    .unwrap();
+    let routes = own.netns.exec("-4 route show default").unwrap();
+    assert_eq!(routes.trim(), "default via 192.0.2.1 dev own0");
+    let left = pods_end(&foreign);
+    assert!(!left.contains("default via"), "{left}");
 }

@@ -6,7 +6,9 @@ use std::time::Duration;
 use kun_config::Config;
 use kun_ebpf_abi::reason::Reason;
 use kun_ebpf_abi::service::View;
-use kun_ebpf_loader::{Adopted, Error, Expired, Missing, ServiceConfig, ServiceDataplane};
+use kun_ebpf_loader::{
+    Adopted, Error, Expired, FlowRecords, Missing, ServiceConfig, ServiceDataplane,
+};
 use kun_proxy_core::{Backend, Limits, Observed, Op, PLANNED_VIEWS};
 
 /// f_type of a bpffs (linux/magic.h).
@@ -35,9 +37,9 @@ impl EbpfBackend {
         Ok((Self { dataplane }, adopted))
     }
 
-    /// Detaches and frees what any agent pinned there.
-    pub fn remove(config: &Config) -> Result<(), Error> {
-        ServiceDataplane::remove(&config.agent.bpffs_root)
+    /// Detaches and frees what any agent pinned there, and put on these interfaces.
+    pub fn remove(config: &Config, interfaces: &[String]) -> Result<(), Error> {
+        ServiceDataplane::remove(&config.agent.bpffs_root, interfaces)
     }
 
     /// The maps' real sizes: adopted ones keep those that they were made with.
@@ -78,6 +80,11 @@ impl EbpfBackend {
     /// Packets dropped and connects refused since the maps were made.
     pub fn reasons(&self) -> Result<Vec<(Reason, u64)>, Error> {
         self.dataplane.reasons()
+    }
+
+    /// The flow records, for a thread of its own.
+    pub fn flow_records(&mut self) -> Result<FlowRecords, Error> {
+        self.dataplane.maps().flow_records()
     }
 
     /// Removes idle flows. `now`: CLOCK_BOOTTIME.

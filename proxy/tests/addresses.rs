@@ -3,11 +3,12 @@
 mod rig;
 
 use std::fs;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use kun_control::{AttachmentKey, Request, Response, SlotRow};
 use kun_harness::{wait_for, wait_until};
-use rig::Node;
+use rig::{Node, Pod, Service, VIP4, VIP6};
 use serde_json::json;
 
 /// Two looks of 20 s, a round of 5 s after each, and a busy machine; the promise is 60 s.
@@ -95,4 +96,90 @@ fn leaks_are_reclaimed_and_an_address_comes_back_when_nothing_knows_it() {
     assert_eq!(row(&node, "stays").unwrap().state, "allocated");
     assert_eq!(interfaces(&node), 2, "of the pod that lives");
     drop(stays);
+}
+
+/// A UDP socket in a pod.
+fn bound(pod: &Pod, v6: bool, port: u16) -> UdpSocket {
+    let own: IpAddr = match v6 {
+        true => pod.v6.into(),
+        false => pod.v4.into(),
+    };
+    let socket = pod.netns.run(|| UdpSocket::bind((own, port))).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    socket
+}
+
+/// A datagram that a pod asked for and that comes when the pod is gone must not reach the next one at its address as the
+/// Service's answer.
+#[test]
+fn the_next_pod_at_an_address_gets_none_of_the_last_ones_answers() {
+    const PORT: u16 = 40000;
+    let Some(mut node) = Node::start("answers") else {
+        return;
+    };
+    node.terminate();
+    node.configure(|config| {
+        config["ipam"]["cooldown"] = json!("1s");
+        // So that nothing goes by being idle.
+        config["proxy"]["udpIdle"] = json!("1h");
+    });
+    node.spawn();
+    let server = node.pod("server");
+    node.publish(&Service::new(&[&server]));
+    let bystander = node.pod("bystander");
+    let client = node.pod("client");
+    let (v4, v6) = (client.v4, client.v6);
+    let backends = [false, true].map(|v6| bound(&server, v6, 5353));
+    let vips = [VIP4, VIP6].map(|vip| SocketAddr::new(vip.parse().unwrap(), 53));
+    let mut buffer = [0; 64];
+    let ask = |pod: &Pod, at: usize| {
+        let socket = bound(pod, at == 1, PORT);
+        socket.connect(vips[at]).unwrap();
+        socket.send(b"who?").unwrap();
+        socket
+    };
+    let mut asked = Vec::new();
+    for (at, backend) in backends.iter().enumerate() {
+        for pod in [&bystander, &client] {
+            let socket = ask(pod, at);
+            let (_, from) = backend.recv_from(&mut buffer).unwrap();
+            assert_eq!(from.port(), PORT);
+            if pod.name == "bystander" {
+                asked.push((socket, from));
+            }
+        }
+    }
+    node.remove(client);
+    let free = wait_until(RECLAIMED_WITHIN, || row(&node, "client").is_none());
+    assert!(free, "{:?}", row(&node, "client"));
+
+    let next = node
+        .try_pod("next", &json!({"ips": [v4.to_string()]}))
+        .unwrap();
+    assert_eq!((next.v4, next.v6), (v4, v6));
+    for (at, backend) in backends.iter().enumerate() {
+        let socket = bound(&next, at == 1, PORT);
+        socket.connect(vips[at]).unwrap();
+        let to: IpAddr = if at == 1 { v6.into() } else { v4.into() };
+        // The late answer, then one that must arrive: on the way they keep their order.
+        let here = bound(&next, at == 1, PORT + 1);
+        backend.send_to(b"late", (to, PORT)).unwrap();
+        backend.send_to(b"end", (to, PORT + 1)).unwrap();
+        let (length, _) = here.recv_from(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"end");
+        socket.set_nonblocking(true).unwrap();
+        let got = socket.recv(&mut buffer);
+        assert!(got.is_err(), "the last pod's answer: {:?}", &buffer[..4]);
+        // A flow of its own is served, and others' were not touched.
+        socket.set_nonblocking(false).unwrap();
+        socket.send(b"who?").unwrap();
+        let (_, from) = backend.recv_from(&mut buffer).unwrap();
+        backend.send_to(b"now", from).unwrap();
+        let length = socket.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"now");
+        let (socket, from) = &asked[at];
+        backend.send_to(b"still", from).unwrap();
+        let length = socket.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"still");
+    }
 }

@@ -21,6 +21,9 @@ const SOON: Duration = Duration::from_secs(60);
 
 const NAMESPACE: &str = "kube-system";
 
+/// Where nodes write Leases.
+const NODE_LEASES: &str = "kun-node-lease";
+
 /// The programs: its account, what it says when it is ready, and where.
 const PROGRAMS: [(&str, u16, &str); 3] = [
     ("kun-proxy", 9466, "/readyz"),
@@ -190,7 +193,10 @@ impl Bench {
             &["ippools", "--all"],
             &["service", "web"],
             &["events", "--all"],
-            &["-n", NAMESPACE, "lease", "kun-operator"],
+            // With their conditions.
+            &["nodes", "--all"],
+            &["-n", NAMESPACE, "lease", "kun-operator", "kun-watermark"],
+            &["-n", NODE_LEASES, "lease", "--all"],
         ] {
             let words: Vec<&str> = gone.iter().chain(what).copied().collect();
             self.kubectl(&words, "");
@@ -312,15 +318,25 @@ spec: {type: LoadBalancer, ports: [{port: 80}]}
     /// The roles of an account, as the server has them.
     fn roles(&self, program: &str) -> Vec<Value> {
         let mut roles = vec![self.get(&["clusterrole", program])];
-        if program == "kun-operator" {
-            roles.push(self.get(&["-n", NAMESPACE, "role", program]));
+        if program != "kun-dns" {
+            let namespaces = [NAMESPACE, NODE_LEASES];
+            roles.extend(namespaces.map(|n| self.get(&["-n", n, "role", program])));
         }
         roles
     }
 
-    /// What the server says that an account may do in `kube-system`.
+    /// What the server says that an account may do in the namespaces that are its business.
     fn may(&self, account: &str) -> BTreeSet<Right> {
-        let review = r#"{"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview", "spec": {"namespace": "kube-system"}}"#;
+        let namespaces = [NAMESPACE, NODE_LEASES];
+        let rights = namespaces.map(|namespace| self.may_in(account, namespace));
+        rights.into_iter().flatten().collect()
+    }
+
+    fn may_in(&self, account: &str, namespace: &str) -> BTreeSet<Right> {
+        let review =
+            json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview",
+            "spec": {"namespace": namespace}})
+            .to_string();
         let words = [
             "create",
             "--validate=false",
@@ -333,7 +349,7 @@ spec: {type: LoadBalancer, ports: [{port: 80}]}
             "--as-group",
             "system:authenticated",
         ];
-        let answer: Value = serde_json::from_str(&self.kubectl(&words, review)).unwrap();
+        let answer: Value = serde_json::from_str(&self.kubectl(&words, &review)).unwrap();
         rights(&answer["status"]["resourceRules"])
     }
 
@@ -361,9 +377,10 @@ spec: {type: LoadBalancer, ports: [{port: 80}]}
         let kind = text(&role["kind"]).to_lowercase();
         let patch = json!({"rules": rules}).to_string();
         let name = text(&role["metadata"]["name"]);
+        let namespace = role["metadata"]["namespace"].as_str();
         let words = [
             "-n",
-            NAMESPACE,
+            namespace.unwrap_or(NAMESPACE),
             "patch",
             &kind,
             &name,

@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use kun_cni_core::ipam::{
-    BootId, BootTime, Census, Choice, ClusterLook, Command, Effect, Ipam, Key, LoadError, Look,
-    Needs, Owner, Pod, Record, Reply, Rules, SlotState, Snapshot, Unavailable,
+    BootId, BootTime, Census, Choice, Claim, ClusterLook, Command, Effect, Ipam, Key, LoadError,
+    Look, Needs, Owner, Pod, Record, Reply, Rules, SlotState, Snapshot, Unavailable,
 };
 use kun_config::types::{BlockId, Slot, SlotClass};
 use proptest::prelude::*;
@@ -622,7 +622,7 @@ impl World {
         assert!(
             again.records().eq(self.ipam.records())
                 && again.live().eq(self.ipam.live())
-                && again.blocks().eq(self.ipam.blocks()),
+                && again.claims().eq(self.ipam.claims()),
             "a crash here loses nothing"
         );
         for class in [SlotClass::Dual, SlotClass::V6Only] {
@@ -736,7 +736,7 @@ fn a_store_that_cannot_be_is_refused() {
         store.apply(Effect::PutBoot(BootId(0)));
         store.apply(Effect::PutBlock {
             block: block(0),
-            owned: true,
+            claim: Claim::FIRST,
         });
         for record in records {
             store.apply(Effect::PutSlot(record.clone()));

@@ -30,6 +30,14 @@ impl Slot {
         Ipv4Addr::from(self.0)
     }
 
+    /// The pod's IPv4 address, if its slot gives it one.
+    pub fn v4(self) -> Option<Ipv4Addr> {
+        match self.class() {
+            SlotClass::Dual => Some(self.ipv4()),
+            SlotClass::V6Only => None,
+        }
+    }
+
     /// The class, which the number alone decides: 240.0.0.0/4 is the shadow range.
     pub fn class(self) -> SlotClass {
         if self.0 >> 28 == 0xf {
@@ -141,5 +149,104 @@ impl TryFrom<Ipv6Net> for PodPrefix {
 impl From<PodPrefix> for Ipv6Net {
     fn from(p: PodPrefix) -> Self {
         p.net()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The lowest prefix, the highest, ULA, and one whose last bits could run into the slot's first.
+    const PREFIXES: [&str; 4] = [
+        "::/96",
+        "ffff:ffff:ffff:ffff:ffff:ffff::/96",
+        "fd00:64::/96",
+        "fd00::1:0:0/96",
+    ];
+
+    /// Everything that a slot is, against the rule in words: IPv4 is the number; IPv6 is the prefix's 96 bits before it; the top
+    /// four bits decide whether there is IPv4 at all; a block is 64 neighbours of one class.
+    fn hold(slots: std::ops::RangeInclusive<u32>, prefix: PodPrefix) -> u32 {
+        let before = u128::from(prefix.net().addr());
+        assert_eq!(before & 0xffff_ffff, 0);
+        let mut with_v4 = 0;
+        for number in slots {
+            let slot = Slot(number);
+            let octets = number.to_be_bytes();
+            let v6 = prefix.address(slot);
+            let dual = octets[0] < 240;
+            let v4 = slot.v4();
+            let block = slot.block();
+            // One branch a slot: there are many.
+            let holds = u128::from(v6) == before | u128::from(number)
+                && prefix.slot(v6) == Some(slot)
+                && slot.ipv4().octets() == octets
+                && Slot::from(slot.ipv4()) == slot
+                && v4 == dual.then_some(slot.ipv4())
+                && (slot.class() == SlotClass::Dual) == dual
+                && block.first().0 == number / 64 * 64
+                && block.class() == slot.class();
+            assert!(holds, "{slot} {v6} {v4:?} {block}");
+            with_v4 += u32::from(v4.is_some());
+        }
+        with_v4
+    }
+
+    /// All 2^32, on as many threads as there are processors. This package is optimised in tests for this one.
+    #[test]
+    fn every_slot_is_one_ipv6_and_at_most_one_ipv4_address() {
+        const CHUNK: u64 = 1 << 24;
+        let prefix = PodPrefix::try_from(PREFIXES[2].parse::<Ipv6Net>().unwrap()).unwrap();
+        let next = std::sync::atomic::AtomicU64::new(0);
+        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        let with_v4: u64 = std::thread::scope(|scope| {
+            let work = || {
+                let mut with_v4 = 0;
+                loop {
+                    let first = next.fetch_add(CHUNK, std::sync::atomic::Ordering::Relaxed);
+                    let Ok(first) = u32::try_from(first) else {
+                        return with_v4;
+                    };
+                    let last = first + u32::try_from(CHUNK - 1).unwrap();
+                    with_v4 += u64::from(hold(first..=last, prefix));
+                }
+            };
+            let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).sum()
+        });
+        // All but 240.0.0.0/4.
+        assert_eq!(with_v4, 15 << 28);
+    }
+
+    #[test]
+    fn a_prefix_keeps_out_of_its_slots() {
+        for text in PREFIXES {
+            let prefix = PodPrefix::try_from(text.parse::<Ipv6Net>().unwrap()).unwrap();
+            // Where a bit of one could be taken for the other's, and both ends.
+            for bit in 0..32 {
+                let power = 1_u32 << bit;
+                hold(power - 1..=power, prefix);
+                hold(u32::MAX - power..=u32::MAX - (power - 1), prefix);
+            }
+            for bit in 32..128 {
+                let outside = u128::from(prefix.net().addr()) ^ (1 << bit);
+                assert_eq!(prefix.slot(Ipv6Addr::from(outside)), None);
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_is_its_slots() {
+        for first in [0, 64, 0x0a40_0000, 0xefff_ffc0, 0xf000_0000, 0xffff_ffc0] {
+            let block = BlockId::new(Slot(first)).unwrap();
+            let slots: Vec<Slot> = block.slots().collect();
+            assert_eq!(slots.len(), 64);
+            assert!(slots.iter().all(|slot| slot.block() == block));
+            assert!(slots.iter().all(|slot| block.v4().contains(&slot.ipv4())));
+            let prefix = PodPrefix::try_from(PREFIXES[0].parse::<Ipv6Net>().unwrap()).unwrap();
+            let v6 = block.v6(prefix);
+            assert!(slots.iter().all(|slot| v6.contains(&prefix.address(*slot))));
+            assert_eq!(BlockId::new(Slot(first + 1)), None);
+        }
     }
 }

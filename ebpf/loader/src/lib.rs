@@ -19,7 +19,7 @@ pub use bandwidth::{BUCKETS, BandwidthDataplane};
 pub use error::Error;
 pub use features::{Features, Missing};
 pub use hook::{HookError, Mechanism};
-pub use maps::{Capacities, Expired, ServiceMaps};
+pub use maps::{Capacities, Expired, FlowRecords, ServiceMaps};
 pub use nat64::{Nat64Config, Nat64Dataplane, Nat64Error, Nat64Stats, Nat64Warning};
 pub use object::Adopted;
 pub use pins::KeptCapacity;

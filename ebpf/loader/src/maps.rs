@@ -4,6 +4,7 @@
 //! right is the caller's (write slots and backends, then publish; recycle after [`ServiceMaps::grace`]); the stores themselves
 //! are release stores in program order.
 
+use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::fence;
@@ -375,6 +376,12 @@ impl ServiceMaps {
         Ok(expired)
     }
 
+    /// The flow records, for a thread of its own.
+    pub fn flow_records(&self) -> Result<FlowRecords, Error> {
+        let flows = self.flows.try_clone().map_err(failed("flows", "clone"))?;
+        Ok(FlowRecords { flows })
+    }
+
     /// One flow record, for explanations.
     pub fn flow(&self, key: &FlowKey) -> Result<Option<FlowValue>, Error> {
         sys::lookup(self.flows.as_fd(), key).map_err(failed("flows", "look up"))
@@ -383,6 +390,39 @@ impl ServiceMaps {
     /// One affinity record, for explanations.
     pub fn affinity(&self, key: &AffinityKey) -> Result<Option<AffinityValue>, Error> {
         sys::lookup(self.affinity.as_fd(), key).map_err(failed("affinity", "look up"))
+    }
+}
+
+/// The flow records alone, which every thread may look through: each change is the kernel's own, and atomic.
+#[derive(Debug)]
+pub struct FlowRecords {
+    flows: OwnedFd,
+}
+
+impl FlowRecords {
+    /// Removes every record that names one of these addresses, whichever end it is; how many went.
+    ///
+    /// A record lets a backend's answers through to the client's address and port, whoever has them by now: the backend's
+    /// generation says nothing of the client. One walk over the table for any number of addresses.
+    pub fn forget(&self, addresses: &HashSet<Addr>) -> Result<u64, Error> {
+        if addresses.is_empty() {
+            return Ok(0);
+        }
+        let mut named = Vec::new();
+        sys::for_each_batch(
+            self.flows.as_fd(),
+            |keys: &[FlowKey], values: &[FlowValue]| {
+                for (key, value) in keys.iter().zip(values) {
+                    let ends = [&key.src, &key.dst, &value.addr];
+                    if ends.into_iter().any(|end| addresses.contains(end)) {
+                        named.push(*key);
+                    }
+                }
+            },
+        )
+        .map_err(failed("flows", "walk"))?;
+        sys::delete_batch(self.flows.as_fd(), &named).map_err(failed("flows", "delete"))?;
+        Ok(named.len() as u64)
     }
 }
 

@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, ProgramArray};
 use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
-use kun_ebpf_abi::ABI_VERSION;
 use kun_ebpf_abi::nat64::bib::{
     Bib4, Bib6, Fragment, FragmentKey, MAX_BIB, MAX_FRAGMENTS, MAX_SESSIONS, Session, SessionKey,
 };
@@ -23,6 +22,7 @@ use kun_ebpf_abi::nat64::{
     is_well_known, step,
 };
 use kun_ebpf_abi::reason::{REASONS, Reason};
+use kun_ebpf_abi::{ABI_VERSION, Addr};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::hook::{self, HookError, Mechanism};
@@ -484,6 +484,40 @@ impl Nat64Dataplane {
         }
         self.idle = idle;
         Ok(gone.len())
+    }
+
+    /// Removes the BIB entries of these inner hosts, and their sessions first: whoever gets an external port next must not have
+    /// theirs. How many entries went.
+    pub fn forget(&mut self, hosts: &HashSet<Addr>) -> Result<u64, Nat64Error> {
+        let of = |map| move |source| Nat64Error::Map { map, source };
+        let theirs: Vec<(Bib4, Bib6)> = self
+            .bib4
+            .iter()
+            .flatten()
+            .map(|(external, inner)| (external.0, inner.0))
+            .filter(|(_, inner)| hosts.contains(&Addr(inner.addr)))
+            .collect();
+        if theirs.is_empty() {
+            return Ok(0);
+        }
+        let ports: HashSet<(u16, u32)> = theirs
+            .iter()
+            .map(|(external, _)| (external.port, external.proto.into()))
+            .collect();
+        let sessions: Vec<Plain<SessionKey>> = self
+            .sessions
+            .keys()
+            .flatten()
+            .filter(|key| ports.contains(&(key.0.port, key.0.proto)))
+            .collect();
+        for key in &sessions {
+            ignore_absent(self.sessions.remove(key)).map_err(of("nat64_sessions"))?;
+        }
+        for (external, inner) in &theirs {
+            ignore_absent(self.bib6.remove(&Plain(*inner))).map_err(of("nat64_bib6"))?;
+            ignore_absent(self.bib4.remove(&Plain(*external))).map_err(of("nat64_bib4"))?;
+        }
+        Ok(theirs.len() as u64)
     }
 
     /// Runs the program on a frame (link header included) without sending anything: for tests and the bench. What came out,

@@ -2,11 +2,13 @@
 
 mod nat64_world;
 
+use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use kun_ebpf_abi::Addr;
 use kun_ebpf_abi::nat64::Counter;
 use kun_ebpf_abi::nat64::bib::{ICMP_TIMEOUT, UDP_TIMEOUT};
 use kun_ebpf_abi::reason::Reason;
@@ -190,6 +192,36 @@ fn ping_crosses_and_its_session_ends_after_a_minute() {
     plane.expire(later).unwrap();
     let stats = plane.stats().unwrap();
     assert_eq!((stats.bib, stats.sessions), (0, 0));
+}
+
+/// Hosts outside go on sending to a client that is gone: whoever has its address next gets nothing of it.
+#[test]
+fn entries_of_an_inner_host_are_forgotten_and_no_others() {
+    if !require_root() {
+        return;
+    }
+    let w = World::new();
+    let mut plane = w.translate(None);
+    let server = udp_server(&w, 53);
+    let [(gone, late), (other, still)] = [POD, FOREIGN].map(|from| {
+        let client = udp(&w, &format!("[{from}]:123"));
+        client.send_to(b"?", server6(53)).unwrap();
+        let (_, external) = server.recv_from(&mut [0; 16]).unwrap();
+        server.send_to(b"!", external).unwrap();
+        client.recv_from(&mut [0; 16]).unwrap();
+        (client, external)
+    });
+    let pod = Addr::v6(POD.parse::<Ipv6Addr>().unwrap().octets());
+    assert_eq!(plane.forget(&HashSet::from([pod])).unwrap(), 1);
+    assert_eq!(plane.forget(&HashSet::from([pod])).unwrap(), 0);
+    let stats = plane.stats().unwrap();
+    assert_eq!((stats.bib, stats.sessions), (1, 1));
+    // In this order on one way.
+    server.send_to(b"!", late).unwrap();
+    server.send_to(b"!", still).unwrap();
+    other.recv_from(&mut [0; 16]).unwrap();
+    gone.set_nonblocking(true).unwrap();
+    assert!(gone.recv_from(&mut [0; 16]).is_err());
 }
 
 /// A host outside the pod prefix, and a pod's explicit low port, are served statefully on the last address.

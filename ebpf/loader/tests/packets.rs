@@ -2,6 +2,7 @@
 
 mod rig;
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -647,7 +648,7 @@ fn foreign_pins_and_missing_bpffs_are_named() {
         ..nowhere
     };
     drop(ServiceDataplane::open(&made).unwrap());
-    ServiceDataplane::remove(&made.bpffs_root).unwrap();
+    ServiceDataplane::remove(&made.bpffs_root, &[]).unwrap();
     let left = made.bpffs_root.join("v1").exists();
     rustix::mount::unmount(&made.bpffs_root, rustix::mount::UnmountFlags::DETACH).unwrap();
     assert!(!left, "nothing of ours is left");
@@ -675,4 +676,55 @@ fn what_does_not_fit_is_refused_with_the_limit() {
         );
     }
     maps.grace().unwrap();
+}
+
+/// A backend goes on answering a client that is gone: to whoever has its address next these are no answers of the service.
+#[test]
+fn flows_of_an_address_are_forgotten_and_no_others() {
+    if !kun_harness::require_root() {
+        return;
+    }
+    for f in families() {
+        let mut rig = Rig::new();
+        rig.service(3, f.vip, 53, UDP, Scope::Cluster);
+        let ids = rig.backends(0, &[(f.backends[0], 5353)]);
+        rig.publish(3, ViewKind::Cluster, &ids);
+        let (backend, vip) = ((f.backends[0], 5353), (f.vip, 53));
+        let clients = [(f.client, 40000), (f.stranger, 40000)];
+        for client in clients {
+            let out = rig.plane.test_run(Hook::PodIngress, &udp(client, vip), 1);
+            assert_eq!(read(&out.unwrap().packet).dst, backend);
+        }
+        let answered = |rig: &Rig, client: End| {
+            let out = rig
+                .plane
+                .test_run(Hook::PodEgress, &udp(backend, client), 1);
+            read(&out.unwrap().packet).src
+        };
+        for client in clients {
+            assert_eq!(answered(&rig, client), vip);
+        }
+        let records = rig.plane.maps().flow_records().unwrap();
+        assert_eq!(records.forget(&HashSet::new()).unwrap(), 0);
+        // Both directions.
+        assert_eq!(records.forget(&HashSet::from([addr(f.client)])).unwrap(), 2);
+        assert_eq!(answered(&rig, clients[0]), backend, "as it was sent");
+        assert_eq!(answered(&rig, clients[1]), vip);
+        // As a backend, and as its own client.
+        assert_eq!(
+            records
+                .forget(&HashSet::from([addr(f.backends[0])]))
+                .unwrap(),
+            2
+        );
+        let itself = udp((f.backends[0], 40000), vip);
+        let out = rig.plane.test_run(Hook::PodIngress, &itself, 1).unwrap();
+        assert_eq!(out.verdict, REDIRECT);
+        assert_eq!(
+            records
+                .forget(&HashSet::from([addr(f.backends[0])]))
+                .unwrap(),
+            2
+        );
+    }
 }

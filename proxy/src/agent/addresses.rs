@@ -4,40 +4,52 @@
 //! What the cluster's part proves: a node sees its own Pods and every EndpointSlice (of a folder: every Pod). The slots of its
 //! blocks are given to its own pods alone, so that no Pod seen and no slice holds an address means that the control plane sends
 //! nobody there any more; a block that another node had cools anew first. It does not prove that a client who resolved the
-//! address has forgotten it: for that is the cooldown. Flow records need no look: a record names its backend's generation, and
-//! the backend of a pod that is gone has another, so that the record is a miss whoever has the address next.
+//! address has forgotten it: for that is the cooldown. What the dataplane's own tables remember is removed (`flows`) as soon as
+//! the node has nothing of the pod any more, and the slot rests until that is done.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 
 use kun_cluster::Store;
-use kun_cni::ipam::{BootTime, ClusterLook, Look, Unforgotten};
+use kun_cni::ipam::{BootTime, ClusterLook, Look, Revision, Unforgotten};
 use kun_cni::look::{self, Leak, Sight, Watch, addresses};
 use kun_config::types::PodPrefix;
 use kun_control::{AttachmentKey, Request, Response};
 
 use super::answers::Answers;
+use super::cluster::Between;
+use super::flows::Flows;
 
 /// Lines that are kept of one address.
 const MAX_HELD: usize = 8;
 
-/// What leaks were found so far.
-#[derive(Debug, Default)]
+/// What leaks were found so far, and the dataplane's memory.
+#[derive(Debug)]
 pub(crate) struct Leaks {
     watch: Mutex<Watch>,
+    flows: Flows,
 }
 
 /// What one round did.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Round {
     /// Slots and interfaces that were reclaimed.
     pub(crate) reclaimed: u64,
     /// Interfaces of pods that are gone and that are still there.
     pub(crate) not_reclaimed: u64,
+    /// Of these, the ones that could not be removed: name, and why.
+    pub(crate) left: Vec<String>,
 }
 
 impl Leaks {
+    pub(crate) fn new(flows: Flows) -> Self {
+        Self {
+            watch: Mutex::default(),
+            flows,
+        }
+    }
+
     /// Looks once, tells the address store what was seen, and reclaims what two looks agree on.
     pub(crate) fn round(&self, answers: &Answers, now: BootTime) -> Option<Round> {
         // A look begins after the question was read: it names the release that it is about.
@@ -49,7 +61,7 @@ impl Leaks {
         let sight = Sight::take()
             .inspect_err(|error| tracing::warn!(%error, "this node's interfaces cannot be looked at; addresses rest until they can"))
             .ok()?;
-        observe(answers, &released, &sight, now);
+        observe(answers, &released, &sight, &self.flows, now);
         let prefix = answers.ipam.prefix();
         let interfaces = sight.interfaces(prefix);
         let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
@@ -60,42 +72,98 @@ impl Leaks {
             .ok()?;
         let mut round = Round::default();
         for leak in leaks {
-            round.reclaimed += u64::from(reclaim(answers, &leak));
+            match reclaim(answers, &leak) {
+                Ok(done) => round.reclaimed += u64::from(done),
+                Err(left) => round.left.push(left),
+            }
         }
         round.not_reclaimed = u64::try_from(watch.suspected_interfaces()).unwrap_or(u64::MAX);
         Some(round)
     }
 }
 
-fn observe(answers: &Answers, released: &[Unforgotten], sight: &Sight, now: BootTime) {
+fn observe(
+    answers: &Answers,
+    released: &[Unforgotten],
+    sight: &Sight,
+    flows: &Flows,
+    now: BootTime,
+) {
     if released.is_empty() {
         return;
     }
     let prefix = answers.ipam.prefix();
-    let cluster = answers
-        .view
-        .whole()
-        .then(|| holders(&answers.view.store(), released, prefix));
+    let known = known(released, sight, flows, prefix);
+    let cluster = answers.view.whole().then(|| {
+        let store = answers.view.store();
+        let all = released
+            .iter()
+            .flat_map(|slot| addresses(slot.slot, prefix));
+        let between = answers.view.between_looks(&store, all);
+        (holders(&store, released, prefix), between)
+    });
     let looks = released
         .iter()
-        .map(|slot| Look {
+        .zip(known)
+        .map(|(slot, known)| Look {
             slot: slot.slot,
             sequence: slot.sequence,
-            node: Some(sight.knows(slot, prefix)),
-            cluster: cluster.as_ref().map(|holders| ClusterLook {
-                held: addresses(slot.slot, prefix)
-                    .iter()
-                    .filter_map(|address| holders.get(address))
-                    .flatten()
-                    .cloned()
-                    .collect(),
-                revision: None,
+            node: Some(known),
+            cluster: cluster.as_ref().map(|(holders, between)| ClusterLook {
+                held: held(&addresses(slot.slot, prefix), holders, between),
+                revision: between.revision.map(Revision),
             }),
         })
         .collect();
-    if let Err(error) = answers.ipam.observe(looks, None, now) {
+    let watermark = answers.watermark.as_ref().and_then(|w| w.believed());
+    if let Err(error) = answers.ipam.observe(looks, watermark, now) {
         tracing::warn!(%error, "what was seen of cooling addresses cannot be stored");
     }
+}
+
+/// What on this node knows each of these slots, one line each. What the kernel has learnt of them, and the flows of those of
+/// which nothing else is left, are removed.
+fn known(
+    released: &[Unforgotten],
+    sight: &Sight,
+    flows: &Flows,
+    prefix: PodPrefix,
+) -> Vec<Vec<String>> {
+    if let Err(error) = sight.remove_learnt(released, prefix) {
+        tracing::warn!(%error, "learnt neighbours of pods that are gone stay");
+    }
+    let mut known: Vec<Vec<String>> = released
+        .iter()
+        .map(|slot| sight.knows(slot, prefix))
+        .collect();
+    let gone: Vec<&Unforgotten> = released
+        .iter()
+        .zip(&known)
+        .filter_map(|(slot, known)| known.is_empty().then_some(slot))
+        .collect();
+    if let Err(what) = flows.forget(&gone, released, prefix) {
+        known.iter_mut().for_each(|lines| lines.push(what.clone()));
+    }
+    known
+}
+
+/// What holds one of these addresses, or has since the last look.
+fn held(
+    addresses: &[IpAddr],
+    holders: &HashMap<IpAddr, Vec<String>>,
+    between: &Between,
+) -> Vec<String> {
+    let objects = addresses.iter().filter_map(|a| holders.get(a));
+    let mut held: Vec<String> = objects.flatten().cloned().collect();
+    let touched = addresses.iter().filter(|a| between.touched.contains(a));
+    held.extend(touched.map(|a| format!("an EndpointSlice had {a} since the last look")));
+    if between.listed_anew {
+        held.push(
+            "EndpointSlices were listed anew since the last look: what was between is not known"
+                .to_owned(),
+        );
+    }
+    held
 }
 
 /// The objects that hold one of these slots' addresses, one line each. One walk over all endpoints: 5 ms at 100,000 of them.
@@ -123,12 +191,8 @@ fn holders(
             });
         }
     }
-    // A pod that shares the node's network has none of our addresses; one that ended has given its own up.
-    for pod in store
-        .pods()
-        .filter(|pod| !pod.host_network && !pod.finished)
-    {
-        for address in &pod.ips {
+    for pod in store.pods() {
+        for address in pod.own_ips() {
             hold(address, &|| format!("Pod {} has {address}", pod.meta.name));
         }
     }
@@ -136,7 +200,8 @@ fn holders(
     holders
 }
 
-fn reclaim(answers: &Answers, leak: &Leak) -> bool {
+/// Whether something was reclaimed; an error is an interface that stays, and why.
+fn reclaim(answers: &Answers, leak: &Leak) -> Result<bool, String> {
     match leak {
         Leak::Slot {
             slot,
@@ -153,7 +218,7 @@ fn reclaim(answers: &Answers, leak: &Leak) -> bool {
             };
             let done = answers.answer(&release) == Response::Done;
             tracing::info!(%slot, generation, container = key.container_id, done, "a slot whose pod has no interface any more is let go");
-            done
+            Ok(done)
         }
         Leak::Interface {
             index,
@@ -168,11 +233,11 @@ fn reclaim(answers: &Answers, leak: &Leak) -> bool {
                     container = key.container_id,
                     "an interface of a pod that is gone is removed"
                 );
-                true
+                Ok(true)
             }
             Err(error) => {
                 tracing::warn!(interface = name, %error, "the interface of a pod that is gone stays");
-                false
+                Err(format!("{name}: {error}"))
             }
         },
     }

@@ -3,17 +3,18 @@
 //! One owner, no lock. Between the changes of a few Services it looks at its queue, so that a pod's ADD never waits for a whole
 //! cold start.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use kun_bgp::Datapath;
-use kun_cluster::Event;
+use kun_cluster::{Event, Reached};
 use kun_cni::clock;
 use kun_config::Config;
 use kun_control::{AttachmentKey, Fact};
+use kun_ebpf_abi::Addr;
 use kun_proxy::{EbpfBackend, Proxy};
 use kun_proxy_core::{Problem, Question, Reason};
 use tokio::sync::watch;
@@ -23,7 +24,10 @@ use super::attachments::{Attachment, Attachments};
 use super::limits::Limiter;
 use super::metrics::Metrics;
 use super::translator::Translator;
+use super::watermark::Applied;
 use super::{links, node};
+
+mod interfaces;
 
 /// Messages that may wait. The cluster source then waits too; nothing is lost.
 pub(crate) const QUEUE: usize = 1024;
@@ -34,7 +38,7 @@ const SERVICES_A_TURN: usize = 64;
 /// How often counters are read and interfaces looked after.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How often the flow table is swept: a fraction of any sensible idle time.
+/// How often the flow table is swept, a fraction of any sensible idle time, and pods' filters are looked for.
 const EXPIRE_EVERY: Duration = Duration::from_secs(15);
 
 /// After an op failed: the first wait, doubled up to the last.
@@ -69,6 +73,13 @@ pub(crate) enum Message {
         attachment: Box<Attachment>,
         /// Where the answer goes.
         reply: SyncSender<Vec<String>>,
+    },
+    /// Pods are gone: a gateway's entries that name their addresses go. How many there were.
+    Forget {
+        /// Theirs.
+        addresses: HashSet<Addr>,
+        /// Where the answer goes.
+        reply: SyncSender<Result<u64, String>>,
     },
     /// The attachments that have an address.
     Live(BTreeSet<AttachmentKey>),
@@ -112,6 +123,9 @@ pub(crate) struct Dataplane {
     uplinks: BTreeMap<String, u32>,
     complaints: BTreeMap<String, String>,
     programmed: Arc<AtomicBool>,
+    /// The revision that was taken in last; what came before it may still be planned.
+    reached: Option<Reached>,
+    applied: Arc<Applied>,
     batch: Option<Batch>,
     synced_once: bool,
     failing: Option<Failing>,
@@ -156,6 +170,8 @@ impl Dataplane {
             uplinks: BTreeMap::new(),
             complaints: BTreeMap::new(),
             programmed: Arc::default(),
+            reached: None,
+            applied: Arc::default(),
             batch: None,
             synced_once: false,
             failing: None,
@@ -166,6 +182,11 @@ impl Dataplane {
     /// Set once the first synced plan is in the kernel.
     pub(crate) fn programmed(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.programmed)
+    }
+
+    /// Which revision of the EndpointSlices the maps hold.
+    pub(crate) fn applied(&self) -> Arc<Applied> {
+        Arc::clone(&self.applied)
     }
 
     /// Does all that an attachment asks for, or nothing of its limits and host ports. What it had before is replaced.
@@ -297,70 +318,6 @@ impl Dataplane {
         missing
     }
 
-    /// Links the programs to a pod's host interface, unless it carries them already.
-    pub(crate) fn attach_pod(&mut self, interface: &str) -> Result<(), String> {
-        let Some(index) = node::interface_index(interface) else {
-            return Err(format!("{interface}: there is no such interface"));
-        };
-        if self.pods.get(interface) == Some(&index) {
-            return Ok(());
-        }
-        if self.pods.remove(interface).is_some() {
-            self.detach(interface);
-        }
-        self.backend()
-            .attach_pod(interface)
-            .map_err(|e| format!("{interface}: {e}"))?;
-        self.pods.insert(interface.to_owned(), index);
-        Ok(())
-    }
-
-    /// Links the programs to the uplinks that are there and do not carry them yet.
-    pub(crate) fn attach_uplinks(&mut self) {
-        for name in node::uplinks(self.config.node.uplink.as_deref()) {
-            let Some(index) = node::interface_index(&name) else {
-                continue;
-            };
-            if self.uplinks.get(&name) == Some(&index) {
-                continue;
-            }
-            if self.uplinks.remove(&name).is_some() {
-                self.detach(&name);
-            }
-            match self.attach_uplink(&name) {
-                Ok(()) => {
-                    tracing::info!(uplink = name, "attached");
-                    self.uplinks.insert(name.clone(), index);
-                    self.complaints.remove(&name);
-                }
-                // Tried again every second: said once.
-                Err(error) => {
-                    if self.complaints.get(&name) != Some(&error) {
-                        tracing::error!(uplink = name, "cannot attach: {error}; trying again");
-                    }
-                    self.complaints.insert(name, error);
-                }
-            }
-        }
-        self.publish_facts();
-    }
-
-    fn attach_uplink(&mut self, name: &str) -> Result<(), String> {
-        self.backend()
-            .attach_uplink(name)
-            .map_err(|e| e.to_string())?;
-        if let Some(translator) = &mut self.translator {
-            translator.attach(name).map_err(|e| e.to_string())?;
-        }
-        Ok(())
-    }
-
-    fn detach(&mut self, interface: &str) {
-        if let Err(error) = self.backend().detach(interface) {
-            tracing::warn!(interface, %error, "cannot detach");
-        }
-    }
-
     fn backend(&mut self) -> &mut EbpfBackend {
         self.proxy.backend()
     }
@@ -400,6 +357,7 @@ impl Dataplane {
             if now >= next_expiry && !self.busy() {
                 next_expiry = now + EXPIRE_EVERY;
                 self.expire();
+                self.heal_pods();
             }
         }
     }
@@ -418,6 +376,7 @@ impl Dataplane {
 
     fn on_message(&mut self, message: Message) {
         match message {
+            Message::Cluster(Event::Reached(_, reached)) => self.reach(reached),
             Message::Cluster(event) => {
                 self.proxy.on_event(&event);
                 if self.proxy.planner().synced() {
@@ -431,6 +390,13 @@ impl Dataplane {
             }
             Message::Verify { attachment, reply } => {
                 let _ = reply.send(self.verify(&attachment));
+            }
+            Message::Forget { addresses, reply } => {
+                let forgotten = match &mut self.translator {
+                    Some(translator) => translator.forget(&addresses),
+                    None => Ok(0),
+                };
+                let _ = reply.send(forgotten.map_err(|error| error.to_string()));
             }
             Message::Live(keys) => {
                 for key in self.attachments.gone(&keys) {
@@ -457,6 +423,22 @@ impl Dataplane {
             }
             Message::Stop => {}
         }
+    }
+
+    /// A revision was taken in: everything before it came through the same queue.
+    fn reach(&mut self, reached: Option<Reached>) {
+        self.reached = reached;
+        // What it takes back is taken back at once, also while ops fail.
+        if reached.is_none() || self.batch.is_none() {
+            self.tell_applied();
+        }
+    }
+
+    /// Called when nothing that was taken in is left to plan and no op has failed. While adopted state is held that no object
+    /// explains, it may be what a slice that nobody could read has long given up.
+    fn tell_applied(&self) {
+        let whole = self.synced_once && !self.proxy.planner().partial();
+        self.applied.set(self.reached.filter(|_| whole));
     }
 
     fn advance(&mut self) {
@@ -532,6 +514,7 @@ impl Dataplane {
         for (service, problem) in self.proxy.planner().problems().take(PROBLEMS_NAMED) {
             tracing::warn!(%service, "not served as written: {problem}");
         }
+        self.tell_applied();
         self.publish_facts();
     }
 

@@ -1,7 +1,10 @@
 //! The NAT64 gateway role: the translator's program on the uplink, its settings from `nat64`, its sessions expired.
 
+use std::collections::HashSet;
+
 use kun_config::Config;
 use kun_control::Fact;
+use kun_ebpf_abi::Addr;
 use kun_ebpf_abi::reason::Reason;
 use kun_ebpf_loader::{Nat64Config, Nat64Dataplane, Nat64Error};
 
@@ -50,6 +53,11 @@ impl Translator {
     /// Removes sessions that are out of time; how many.
     pub(crate) fn expire(&mut self) -> Result<usize, Nat64Error> {
         self.dataplane.expire(kun_ebpf_loader::nat64::now())
+    }
+
+    /// Removes entries and sessions of these inner hosts; how many entries.
+    pub(crate) fn forget(&mut self, hosts: &HashSet<Addr>) -> Result<u64, Nat64Error> {
+        self.dataplane.forget(hosts)
     }
 
     /// Figures for the metrics.

@@ -206,8 +206,17 @@ impl Node {
         self.spawn_until("programmed");
     }
 
+    /// Starts the agent and waits until it answers, whatever it has done so far.
+    pub(crate) fn spawn_until_answers(&mut self) {
+        self.spawn_until_state(|_| true);
+    }
+
     /// Starts the agent and waits until its dataplane says this of itself.
     pub(crate) fn spawn_until(&mut self, state: &str) {
+        self.spawn_until_state(|said| said == state);
+    }
+
+    fn spawn_until_state(&mut self, is: impl Fn(&str) -> bool) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kun-proxy"));
         command.arg("--config").arg(self.path("kun.yaml"));
         command.args(&self.flags);
@@ -224,7 +233,7 @@ impl Node {
             let Some(Response::Status { status }) = self.try_ask(&Request::Status) else {
                 return None;
             };
-            let there = |f: &kun_control::Fact| f.name == "state" && f.value == state;
+            let there = |f: &kun_control::Fact| f.name == "state" && is(&f.value);
             status.proxy.iter().any(there).then_some(true)
         });
         assert!(

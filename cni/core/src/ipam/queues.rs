@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use kun_config::types::{BlockId, Slot};
 
-use super::types::{Census, Choice, Owner, Record, SlotState};
+use super::types::{Census, Choice, Claim, Owner, Record, SlotState};
 
-/// Slots of one class. All but the allocated ones are of owned blocks.
+/// Slots of one class. All but the allocated ones are of owned blocks, and those that are to be had of blocks that are given out from.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub(super) struct Queues {
     /// Never used.
@@ -25,7 +25,7 @@ pub(super) struct Queues {
 }
 
 impl Queues {
-    pub(super) fn put(&mut self, record: &Record, owned: bool) {
+    pub(super) fn put(&mut self, record: &Record, claim: Option<Claim>) {
         let (slot, sequence) = (record.slot, record.sequence);
         self.fresh.remove(&slot);
         let queue = match &record.state {
@@ -36,11 +36,18 @@ impl Queues {
             }
             SlotState::Cooling { .. } => &mut self.cooling,
             SlotState::Quarantined { .. } => &mut self.quarantined,
-            SlotState::Free => &mut self.free,
+            SlotState::Free if claim.is_some_and(Claim::gives) => &mut self.free,
+            SlotState::Free => return,
         };
-        if owned {
+        if claim.is_some_and(Claim::is_owned) {
             queue.insert(sequence, slot);
         }
+    }
+
+    /// Nothing of the block is given out any more.
+    pub(super) fn hold(&mut self, block: BlockId) {
+        self.fresh.retain(|slot| slot.block() != block);
+        self.free.retain(|_, slot| slot.block() != block);
     }
 
     pub(super) fn remove(&mut self, record: &Record) {
@@ -62,7 +69,7 @@ impl Queues {
 
     /// The block is another node's from now on.
     pub(super) fn lose(&mut self, block: BlockId) {
-        self.fresh.retain(|slot| slot.block() != block);
+        self.hold(block);
         for queue in self.all() {
             queue.retain(|_, slot| slot.block() != block);
         }
