@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod blocks;
 pub mod folder;
 mod source;
 

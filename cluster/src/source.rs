@@ -44,12 +44,12 @@ impl Lens {
         };
         match (self.wanted.scope(kind)?, &delta) {
             (Scope::All, _) => Some(delta),
-            (Scope::Node(_), Delta::Upsert(object)) if self.wanted.admits(object) => {
+            (_, Delta::Upsert(object)) if self.wanted.admits(object) => {
                 self.seen.insert((kind, name));
                 Some(delta)
             }
             // What leaves the scope is gone for whoever looks through it.
-            (Scope::Node(_), _) => {
+            (_, _) => {
                 let key = (kind, name);
                 self.seen
                     .remove(&key)

@@ -101,9 +101,9 @@ impl From<AllocatorError> for Failure {
     fn from(e: AllocatorError) -> Self {
         let code = match &e {
             AllocatorError::Agent(_) => Code::TryAgainLater,
-            AllocatorError::Ipam(IpamError::Store(StoreError::Damaged { .. })) => {
-                Code::StoreDamaged
-            }
+            AllocatorError::Ipam(IpamError::Store(
+                StoreError::Damaged { .. } | StoreError::Lost { .. },
+            )) => Code::StoreDamaged,
             AllocatorError::Ipam(
                 IpamError::Store(StoreError::Busy { .. }) | IpamError::Overloaded,
             ) => Code::TryAgainLater,

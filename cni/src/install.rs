@@ -171,8 +171,11 @@ impl Lists {
     }
 
     fn plain(&self) -> String {
+        // A runtime that knows `cniVersions` takes the newest that it speaks (§1). One that does not would refuse a result of 1.1.0 once
+        // the pod's interfaces stand: Debian 12's containerd and podman.
         let list = json!({
-            "cniVersion": "1.1.0",
+            "cniVersion": "1.0.0",
+            "cniVersions": ["1.0.0", "1.1.0"],
             "name": "kun",
             "plugins": [{
                 "type": PLUGIN,

@@ -10,17 +10,20 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use kun_cni_core::ipam::{
-    Choice, Command, Effect, Ipam, Key, Needs, Owner, Pod, Reply, Rules, Unavailable, Watermark,
+    Choice, Command, Effect, Ipam, Key, Needs, Owner, Pod, Reply, Rules, Unavailable,
 };
 use kun_config::types::{BlockId, PodPrefix, Slot, SlotClass};
 use kun_config::{ClusterSource, Config};
 use kun_control::{Allocation, AttachmentKey, Exhausted, Holder, PodRef, Request, Response};
 
+use crate::lost::not_lost;
 use crate::rows;
 use crate::spool::Spool;
-use crate::store::{Store, StoreError};
+use crate::store::{FILE, Store, StoreError};
 
-pub use kun_cni_core::ipam::{BootId, BootTime, ClusterLook, Look, Unforgotten};
+pub use kun_cni_core::ipam::{
+    BootId, BootTime, Claim, ClusterLook, Look, Revision, Standing, Unforgotten, Watermark,
+};
 
 /// How long a starting agent waits for plugins that have the store open: each holds it for milliseconds.
 pub const OPEN_WITHIN: Duration = Duration::from_secs(10);
@@ -227,10 +230,10 @@ impl IpamService {
         }
     }
 
-    /// The same, with whether another node had the block before (`true`): its addresses cool before they are used here.
+    /// The same, with how the node stands to each block.
     pub fn set_claims(
         &self,
-        claims: &BTreeMap<BlockId, bool>,
+        claims: &BTreeMap<BlockId, Claim>,
         now: BootTime,
     ) -> Result<(), IpamError> {
         match self.submit(Command::SetClaims(claims.clone()), now) {
@@ -258,6 +261,20 @@ impl IpamService {
     /// The blocks that are ours.
     pub fn blocks(&self, now: BootTime) -> Result<Vec<BlockId>, IpamError> {
         self.read(now, |core| core.owned().collect())
+    }
+
+    /// Every block that is or was ours: how we stand to it, and how many of its slots pods have and how many are not free yet.
+    pub fn standings(
+        &self,
+        now: BootTime,
+    ) -> Result<BTreeMap<BlockId, (Claim, u32, u32)>, IpamError> {
+        self.read(now, |core| {
+            let with = |(block, claim)| {
+                let (allocated, cooling) = core.in_use(block);
+                (block, (claim, allocated, cooling))
+            };
+            core.claims().map(with).collect()
+        })
     }
 
     /// Slots of the class: allocated, cooling, free.
@@ -332,6 +349,7 @@ impl IpamService {
                         .into_iter()
                         .map(|(name, slots)| Holder { name, slots })
                         .collect(),
+                    more: None,
                 },
             },
             Ok(Reply::Changed { generation }) => Response::Failed {
@@ -438,6 +456,7 @@ impl IpamService {
     }
 
     fn open_store(&self, now: BootTime, wait: Duration) -> Result<Open, IpamError> {
+        not_lost(&self.state_dir.join(FILE), &self.spool, self.prefix)?;
         let store = Store::open(&self.state_dir, wait)?;
         let (core, owed) =
             Ipam::load(store.load()?, self.rules, self.boot, now).map_err(|e| store.damaged(e))?;
@@ -523,11 +542,7 @@ impl IpamService {
 fn needs(source: &ClusterSource) -> Needs {
     match source {
         ClusterSource::Folder(_) => Needs::FOLDER,
-        // Nobody publishes watermarks yet: what nobody gives is not waited for.
-        ClusterSource::Kubernetes { .. } => Needs {
-            watermark: false,
-            ..Needs::API
-        },
+        ClusterSource::Kubernetes { .. } => Needs::API,
     }
 }
 

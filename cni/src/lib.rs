@@ -17,6 +17,7 @@ pub mod ipam;
 pub mod keeper;
 pub mod kernel;
 pub mod look;
+mod lost;
 mod namespaces;
 pub mod netlink;
 pub mod netns;
@@ -26,7 +27,9 @@ mod rows;
 pub mod spool;
 pub mod store;
 
+pub use kun_cni_core::claims;
 use kun_cni_core::names;
+pub use kun_cni_core::watermark;
 use kun_config::Interfaces;
 use kun_config::types::SlotClass;
 use kun_control::AttachmentKey;

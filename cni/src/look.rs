@@ -1,7 +1,7 @@
 //! What this node's kernel knows of addresses and attachments: one dump of links, routes and neighbours, then questions.
 //!
-//! It is the node's part of the evidence that an address is forgotten, and what leaks are found by. Routes, neighbours and tcx
-//! links end with their interface, and kun makes no rules: a leaked interface is all that can be left of a pod.
+//! It is the node's part of the evidence that an address is forgotten, and what leaks are found by. Routes, neighbours and tc
+//! filters end with their interface, and kun makes no rules: a leaked interface is all that can be left of a pod.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -52,18 +52,18 @@ impl Sight {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
-            for answer in rtnl.dump(RouteNetlinkMessage::GetRoute(message))? {
+            rtnl.dump(RouteNetlinkMessage::GetRoute(message), |answer| {
                 if let RouteNetlinkMessage::NewRoute(route) = answer {
                     sight.route(&route);
                 }
-            }
+            })?;
         }
         let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-        for answer in rtnl.dump(all)? {
+        rtnl.dump(all, |answer| {
             if let RouteNetlinkMessage::NewNeighbour(neighbour) = answer {
                 sight.neighbour(&neighbour);
             }
-        }
+        })?;
         Ok(sight)
     }
 

@@ -87,14 +87,13 @@ pub fn rebuild(config: &Config, results: &Path) -> Result<Rebuilt, RebuildError>
         move |source| RebuildError::Io { path, source }
     };
     let there = path.exists();
-    if there {
-        match Store::open(directory, Duration::ZERO).and_then(|store| store.load()) {
-            Ok(snapshot) if snapshot.records.is_empty() => {}
-            Ok(_) => return Err(RebuildError::Sound { path }),
-            Err(StoreError::Damaged { .. }) => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
+    // One that is sound and empty stays ours until another is in its place.
+    let _held = match there.then(|| read(directory)) {
+        None | Some(Err(StoreError::Damaged { .. })) => None,
+        Some(Ok((store, true))) => Some(store),
+        Some(Ok((_, false))) => return Err(RebuildError::Sound { path }),
+        Some(Err(e)) => return Err(e.into()),
+    };
     let found = find(config, results)?;
     let (number, kept_as) = (1..=MAX_KEPT)
         .map(|n| (n, directory.join(format!("{FILE}.damaged-{n}"))))
@@ -103,17 +102,28 @@ pub fn rebuild(config: &Config, results: &Path) -> Result<Rebuilt, RebuildError>
             path: directory.clone(),
         })?;
     let effects = plan(&found, number, clock::boot()?, clock::now())?;
-    if there {
-        std::fs::rename(&path, &kept_as).map_err(io(&path))?;
-        File::open(directory)
-            .and_then(|d| d.sync_all())
-            .map_err(io(directory))?;
-    }
-    Store::open(directory, Duration::ZERO)?.commit(&effects)?;
+    // Whole before it has the name: an agent that is started again and again would make an empty one where there is none.
+    let new = directory.join(format!("{FILE}.rebuilt-{}", std::process::id()));
+    Store::make(&new)?.commit(&effects)?;
+    let placed = match there {
+        true => std::fs::hard_link(&path, &kept_as).and_then(|()| std::fs::rename(&new, &path)),
+        // Not over one that was made meanwhile.
+        false => std::fs::hard_link(&new, &path).and_then(|()| std::fs::remove_file(&new)),
+    };
+    placed
+        .and_then(|()| File::open(directory)?.sync_all())
+        .map_err(io(&path))?;
     Ok(Rebuilt {
         kept: found.len(),
         damaged: there.then_some(kept_as),
     })
+}
+
+/// The store, and whether nothing is in it.
+fn read(directory: &Path) -> Result<(Store, bool), StoreError> {
+    let store = Store::open(directory, Duration::ZERO)?;
+    let empty = store.load()?.records.is_empty();
+    Ok((store, empty))
 }
 
 /// Attachments by the kernel, and by the runtime where no interface of ours tells.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use kun_cni_core::ipam::{BootTime, Ipam, Record, SlotState};
+use kun_cni_core::ipam::{BootTime, Claim, Ipam, Record, SlotState, Standing};
 use kun_config::types::{BlockId, PodPrefix, SlotClass};
 use kun_control::{AttachmentKey, BlockRow, PodRef, PoolRow, SlotRow};
 
@@ -34,8 +34,8 @@ pub(crate) fn all(
     now: BootTime,
 ) -> (Vec<SlotRow>, Vec<BlockRow>, Vec<PoolRow>) {
     let mut blocks: BTreeMap<BlockId, BlockRow> = core
-        .blocks()
-        .map(|(block, owned)| (block, empty(core, block, owned)))
+        .claims()
+        .map(|(block, claim)| (block, empty(core, block, claim)))
         .collect();
     let mut slots = Vec::new();
     for record in core.records() {
@@ -65,6 +65,7 @@ pub(crate) fn all(
             class,
             ranges: ranges.clone(),
             blocks: u32::try_from(owned).unwrap_or(u32::MAX),
+            wanted: 0,
             allocated: census.allocated,
             cooling: census.cooling,
             waiting: census.waiting,
@@ -76,11 +77,20 @@ pub(crate) fn all(
 }
 
 /// A block before its records are counted. Of one that is another node's by now nothing is free here.
-fn empty(core: &Ipam, block: BlockId, owned: bool) -> BlockRow {
+fn empty(core: &Ipam, block: BlockId, claim: Claim) -> BlockRow {
+    let owned = claim.is_owned();
+    let standing = match claim.standing {
+        Standing::Returned => "returned",
+        Standing::Taken => "taken",
+        Standing::Confirmed => "confirmed",
+        Standing::Draining => "draining",
+    };
     BlockRow {
         block,
         class: block.class(),
         owned,
+        standing: standing.to_owned(),
+        epoch: claim.epoch,
         allocated: 0,
         cooling: 0,
         free: if owned {

@@ -7,12 +7,12 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use kun_cni_core::ipam::{BootId, Effect, Record, Snapshot};
+use kun_cni_core::ipam::{BootId, Claim, Effect, Record, Snapshot, Standing};
 use kun_config::types::{BlockId, Slot};
 use redb::backends::FileBackend;
 use redb::{
-    Database, DatabaseError, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition,
-    TableError,
+    Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, StorageBackend,
+    TableDefinition, TableError,
 };
 
 use crate::disk::Disk;
@@ -28,6 +28,9 @@ const FLOOR: &str = "floor";
 const SLOTS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("slots");
 /// First slot → owned.
 const BLOCKS: TableDefinition<'_, u32, bool> = TableDefinition::new("blocks");
+/// First slot → JSON of the claim. Younger than the table above, which an older program still reads and writes: what that says of
+/// whose a block is goes first.
+const CLAIMS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("claims");
 
 /// The whole store of the densest node is under 4 MB; redb's own default would be a gigabyte.
 const CACHE: usize = 8 << 20;
@@ -64,6 +67,19 @@ pub enum StoreError {
         path: PathBuf,
         /// What was found.
         what: String,
+    },
+    /// There is none, and there must have been one.
+    #[error(
+        "{}: there is no store, but {interfaces} interfaces of pods stand and {releases} releases wait for one: `kunctl ipam rebuild` makes a new one from what this node knows of its pods",
+        path.display()
+    )]
+    Lost {
+        /// The file.
+        path: PathBuf,
+        /// Interfaces of ours on the node.
+        interfaces: usize,
+        /// Releases in the spool.
+        releases: usize,
     },
     /// Reading or writing failed.
     #[error("{}: {what}", path.display())]
@@ -110,12 +126,37 @@ impl Store {
         let file = std::fs::OpenOptions::new()
             .read(true)
             .write(true)
-            .create(true)
-            .truncate(false)
             .open(path)
             .map_err(|e| io(path, &e))?;
+        // It would be taken for a new one, in which nobody has an address. Ours have their name only once they are whole.
+        if file.metadata().map_err(|e| io(path, &e))?.len() == 0 {
+            return Err(StoreError::Damaged {
+                path: path.to_owned(),
+                what: "the file is empty".to_owned(),
+            });
+        }
+        Self::on_file(path, file)
+    }
+
+    fn on_file(path: &Path, file: File) -> Result<Self, StoreError> {
         let backend = FileBackend::new(file).map_err(|e| cannot_open(path, e))?;
         Self::on(path, Disk::new(backend))
+    }
+
+    /// A new one in a file of another name, which nobody looks for; what had the name is removed.
+    pub(crate) fn make(new: &Path) -> Result<Self, StoreError> {
+        // Left by a process that had this number before.
+        match std::fs::remove_file(new) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(new, &e)),
+            Ok(()) | Err(_) => {}
+        }
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(new)
+            .map_err(|e| io(new, &e))?;
+        Self::on_file(new, file)
     }
 
     /// On any backend; `path` is for messages.
@@ -137,7 +178,7 @@ impl Store {
         let read = self.database.begin_read().map_err(|e| self.io(e))?;
         let meta = match read.open_table(META) {
             Ok(meta) => meta,
-            // The first commit makes all three.
+            // The first commit makes all of them.
             Err(TableError::TableDoesNotExist(_)) => return Ok(snapshot),
             Err(e) => return Err(self.io(e)),
         };
@@ -161,8 +202,13 @@ impl Store {
             let first = Slot(first.value());
             let block = BlockId::new(first)
                 .ok_or_else(|| self.damaged(format!("block {first} is not aligned")))?;
-            snapshot.blocks.insert(block, owned.value());
+            let standing = match owned.value() {
+                true => Standing::Confirmed,
+                false => Standing::Returned,
+            };
+            snapshot.blocks.insert(block, Claim::FIRST.to(standing));
         }
+        self.refine(&read, &mut snapshot)?;
         let slots = read.open_table(SLOTS).map_err(|e| self.io(e))?;
         for row in slots.iter().map_err(|e| self.io(e))? {
             let (slot, bytes) = row.map_err(|e| self.io(e))?;
@@ -174,6 +220,28 @@ impl Store {
         Ok(snapshot)
     }
 
+    /// Epochs and standings, as far as they are stored.
+    fn refine(&self, read: &ReadTransaction, snapshot: &mut Snapshot) -> Result<(), StoreError> {
+        let claims = match read.open_table(CLAIMS) {
+            Ok(claims) => claims,
+            Err(TableError::TableDoesNotExist(_)) => return Ok(()),
+            Err(e) => return Err(self.io(e)),
+        };
+        for (block, known) in &mut snapshot.blocks {
+            let first = block.first();
+            let Some(row) = claims.get(first.0).map_err(|e| self.io(e))? else {
+                continue;
+            };
+            let claim: Claim = serde_json::from_slice(row.value())
+                .map_err(|e| self.damaged(format!("the claim of block {first}: {e}")))?;
+            *known = match claim.is_owned() == known.is_owned() {
+                true => claim,
+                false => claim.to(known.standing),
+            };
+        }
+        Ok(())
+    }
+
     /// Makes the effects durable, all or none: one transaction, one flush.
     pub fn commit(&self, effects: &[Effect]) -> Result<(), StoreError> {
         if effects.is_empty() {
@@ -183,6 +251,7 @@ impl Store {
         {
             let mut meta = write.open_table(META).map_err(|e| self.io(e))?;
             let mut blocks = write.open_table(BLOCKS).map_err(|e| self.io(e))?;
+            let mut claims = write.open_table(CLAIMS).map_err(|e| self.io(e))?;
             let mut slots = write.open_table(SLOTS).map_err(|e| self.io(e))?;
             for effect in effects {
                 match effect {
@@ -194,9 +263,14 @@ impl Store {
                         meta.insert(FLOOR, floor.to_be_bytes().as_slice())
                             .map_err(|e| self.io(e))?;
                     }
-                    Effect::PutBlock { block, owned } => {
+                    Effect::PutBlock { block, claim } => {
+                        let bytes = serde_json::to_vec(claim)
+                            .expect("a claim holds only a number and a word");
                         blocks
-                            .insert(block.first().0, *owned)
+                            .insert(block.first().0, claim.is_owned())
+                            .map_err(|e| self.io(e))?;
+                        claims
+                            .insert(block.first().0, bytes.as_slice())
                             .map_err(|e| self.io(e))?;
                     }
                     Effect::PutSlot(record) => {
@@ -229,6 +303,11 @@ impl Store {
         let path = self.path.clone();
         match error.into() {
             redb::Error::Corrupted(what) => StoreError::Damaged { path, what },
+            // A page that is named and not there.
+            redb::Error::Io(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+                let what = e.to_string();
+                StoreError::Damaged { path, what }
+            }
             other => StoreError::Io {
                 path,
                 what: other.to_string(),
@@ -250,9 +329,12 @@ fn cannot_open(path: &Path, error: DatabaseError) -> StoreError {
         | DatabaseError::Storage(redb::StorageError::Corrupted(_)) => {
             StoreError::Damaged { path, what }
         }
-        // Not a redb file at all is told as InvalidData.
+        // Not a redb file at all is told as InvalidData; one that is shorter than its head says, as UnexpectedEof.
         DatabaseError::Storage(redb::StorageError::Io(e))
-            if e.kind() == std::io::ErrorKind::InvalidData =>
+            if matches!(
+                e.kind(),
+                std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof
+            ) =>
         {
             StoreError::Damaged { path, what }
         }
@@ -263,12 +345,7 @@ fn cannot_open(path: &Path, error: DatabaseError) -> StoreError {
 /// A new file gets its name once it is whole: one that a crash cut off while it was made would be taken for a damaged store.
 fn create(state_dir: &Path, path: &Path) -> Result<(), StoreError> {
     let new = state_dir.join(format!("{FILE}.new-{}", std::process::id()));
-    // Left by a process that had this number before.
-    match std::fs::remove_file(&new) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(&new, &e)),
-        Ok(()) | Err(_) => {}
-    }
-    drop(Store::open_file(&new)?);
+    drop(Store::make(&new)?);
     let placed = File::open(&new)
         .and_then(|file| file.sync_all())
         // Not renamed over: another process may have been faster, and somebody may have an address from its store.

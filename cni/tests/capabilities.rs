@@ -299,11 +299,13 @@ fn an_error_is_told_in_the_configurations_version_and_an_old_caller_gets_code_1(
         for verb in ["ADD", "DEL", "CHECK", "GC", "STATUS"] {
             let error = node.verb(verb, &pod, &network).unwrap_err();
             assert_eq!(error["code"], 1, "{verb} {version}: {error}");
+            let asked = match version {
+                "" => "cniVersion: missing, which stands for 0.1.0, and that".to_owned(),
+                version => format!("cniVersion `{version}`"),
+            };
             assert_eq!(
                 error["details"],
-                format!(
-                    "cniVersion `{version}` is not supported; supported: 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"
-                )
+                format!("{asked} is not supported; supported: 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0")
             );
         }
     }

@@ -4,9 +4,13 @@
 
 mod node;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use kun_cni::clock;
+use kun_config::types::SlotClass;
+use kun_control::{Request, Response};
 use kun_harness::{peers, require_root};
 use node::{Node, Pod, address};
 use serde_json::{Value, json};
@@ -42,6 +46,10 @@ impl Runtime {
 
     /// Writes the network list: kun-cni, then these.
     fn configure(&self, further: &[Value]) {
+        self.configure_as("1.1.0", further);
+    }
+
+    fn configure_as(&self, version: &str, further: &[Value]) {
         let ours = json!({
             "type": "kun-cni",
             "kunConfig": self.node.config,
@@ -49,7 +57,11 @@ impl Runtime {
         });
         let mut plugins = vec![ours];
         plugins.extend_from_slice(further);
-        let list = json!({"cniVersion": "1.1.0", "name": "kun", "plugins": plugins});
+        self.write_list(version, &plugins);
+    }
+
+    fn write_list(&self, version: &str, plugins: &[Value]) {
+        let list = json!({"cniVersion": version, "name": "kun", "plugins": plugins});
         std::fs::write(self.path("net.d/10-kun.conflist"), list.to_string()).unwrap();
     }
 
@@ -97,8 +109,16 @@ impl Runtime {
 
     /// What libcni remembers.
     fn remembered(&self) -> usize {
+        self.memory().len()
+    }
+
+    /// Each of its files.
+    fn memory(&self) -> Vec<Value> {
         let results = self.path("lib/cni/results");
-        std::fs::read_dir(results).map_or(0, |entries| entries.count())
+        let files = std::fs::read_dir(results).into_iter().flatten().flatten();
+        files
+            .map(|file| serde_json::from_slice(&std::fs::read(file.path()).unwrap()).unwrap())
+            .collect()
     }
 }
 
@@ -129,6 +149,73 @@ fn every_verb_in_both_layouts() {
         assert_eq!(runtime.node.leavings(), "", "{interfaces}");
         assert_eq!(runtime.remembered(), 0);
     }
+}
+
+/// Of every version that a list may have: what libcni caches of ADD is what CHECK and DEL get, also from the plugin behind ours, and
+/// when the list has got another version meanwhile, as it has after an update.
+#[test]
+fn the_cached_result_holds_in_every_version_and_from_one_to_another() {
+    let Some(runtime) = Runtime::new("split") else {
+        return;
+    };
+    let tuning = [json!({"type": "tuning", "sysctl": {"net.ipv4.tcp_keepalive_time": "611"}})];
+    let versions = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+    for (n, was) in versions.iter().enumerate() {
+        for further in [&[][..], &tuning] {
+            for then in [was, "1.1.0"] {
+                let pod = Pod::new(&format!("p{n}"), true);
+                runtime.configure_as(was, further);
+                let result = runtime.add(&pod);
+                assert_eq!(result["cniVersion"], *was);
+                let remembered = runtime.memory();
+                assert_eq!(remembered.len(), 1);
+                assert_eq!(remembered[0]["result"], result, "{was}");
+                for v6 in [true, false] {
+                    assert!(address(&result, v6).is_some(), "{was}: {result}");
+                }
+                runtime.configure_as(then, further);
+                let checked = runtime.verb("check", &pod);
+                // libcni itself refuses CHECK before 0.4.0.
+                assert_eq!(
+                    checked.is_ok(),
+                    n >= 2 || then != *was,
+                    "{was}, {then}: {checked:?}"
+                );
+                // What the result says is looked for: it did arrive.
+                if checked.is_ok() {
+                    let v6 = address(&result, true).unwrap();
+                    let take = format!("addr del {v6}/128 dev eth0");
+                    pod.netns.exec(&take).unwrap();
+                    let missed = runtime.verb("check", &pod).unwrap_err();
+                    assert!(missed.contains(&v6), "{was}, {then}: {missed}");
+                }
+                runtime.verb("del", &pod).unwrap();
+                assert_eq!(runtime.node.leavings(), "", "{was}, {then}");
+                assert_eq!(runtime.remembered(), 0);
+            }
+        }
+    }
+}
+
+/// The list that `install` places names two versions: an old runtime takes the older, as podman 4.3 does; a new one the newest.
+#[test]
+fn a_list_of_several_versions_is_of_the_newest_that_libcni_speaks() {
+    let Some(runtime) = Runtime::new("split") else {
+        return;
+    };
+    let file = runtime.path("net.d/10-kun.conflist");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let mut list: Value = serde_json::from_str(&text).unwrap();
+    list["cniVersion"] = "1.0.0".into();
+    list["cniVersions"] = json!(["1.0.0", "1.1.0"]);
+    std::fs::write(&file, list.to_string()).unwrap();
+    let pod = Pod::new("a", true);
+    let result = runtime.add(&pod);
+    assert_eq!(result["cniVersion"], "1.1.0");
+    // STATUS came with 1.1.0: for an older list libcni asks nobody.
+    std::fs::write(&runtime.node.config, "node: {nam: n}\n").unwrap();
+    let error = runtime.verb("status", &pod).unwrap_err();
+    assert!(error.contains("nam"), "{error}");
 }
 
 #[test]
@@ -176,6 +263,64 @@ fn a_chain_with_a_reference_plugin() {
     runtime.verb("add", &pod).unwrap_err();
     runtime.verb("del", &pod).unwrap();
     assert_eq!(runtime.node.leavings(), "");
+}
+
+/// Under another main plugin no interface tells whose an address is: the runtime's memory does.
+#[test]
+fn a_store_is_rebuilt_from_what_libcni_alone_remembers() {
+    let Some(runtime) = Runtime::new("split") else {
+        return;
+    };
+    let ptp = json!({
+        "type": "ptp",
+        "ipam": {"type": "kun-cni", "kunConfig": runtime.node.config},
+        "capabilities": {"io.kubernetes.cri.pod-annotations": true},
+    });
+    runtime.write_list("1.1.0", &[ptp]);
+    let pods = [Pod::new("a", true), Pod::new("b", true)];
+    let [kept, gone] = pods.each_ref().map(|pod| runtime.add(pod));
+    runtime.verb("del", &pods[1]).unwrap();
+    let store = runtime.node.state_dir().join(kun_cni::store::FILE);
+    let length = std::fs::metadata(&store).unwrap().len();
+    let file = File::options().write(true).open(&store).unwrap();
+    file.set_len(length / 2).unwrap();
+    let refused = runtime.verb("add", &pods[1]).unwrap_err();
+    assert!(refused.contains("`kunctl ipam rebuild`"), "{refused}");
+
+    let (config, results) = (runtime.node.parsed(), runtime.path("lib/cni/results"));
+    let rebuilt = runtime
+        .node
+        .netns
+        .run(|| kun_cni::rebuild::rebuild(&config, &results))
+        .unwrap();
+    assert_eq!(rebuilt.kept, 1);
+    assert!(rebuilt.damaged.is_some_and(|file| file.is_file()));
+    runtime.node.give_blocks();
+    runtime.verb("check", &pods[0]).unwrap();
+    let answer = runtime.node.service().handle(&Request::Ipam, clock::now());
+    let Response::Ipam { slots, .. } = answer else {
+        panic!("{answer:?}");
+    };
+    let of = |result: &Value| {
+        let v6 = address(result, true).unwrap();
+        slots.iter().find(|row| row.v6.to_string() == v6).unwrap()
+    };
+    let row = of(&kept);
+    assert_eq!(
+        (row.state.as_str(), row.pod.name.as_str()),
+        ("allocated", "front-0")
+    );
+    assert_eq!(of(&gone).state, "cooling");
+    // Nobody gets anything before it has rested.
+    let early = runtime.verb("add", &pods[1]).unwrap_err();
+    assert!(early.contains("cooling"), "{early}");
+    runtime.verb("del", &pods[0]).unwrap();
+    let (allocated, ..) = runtime
+        .node
+        .service()
+        .counts(SlotClass::Dual, clock::now())
+        .unwrap();
+    assert_eq!(allocated, 0);
 }
 
 #[test]

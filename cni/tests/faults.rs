@@ -233,6 +233,7 @@ fn exhaustion_says_when_to_come_again() {
         details.contains("63 allocated, 1 cooling; the next is free in"),
         "{details}"
     );
+    assert!(details.ends_with(" s; held by kun (63)"), "{details}");
     assert_eq!(node.leavings(), "");
 }
 

@@ -401,7 +401,7 @@ fn the_program_places_itself_over_one_that_runs() {
     assert_eq!(
         fs::read_to_string(format!("{conf}/10-kun.conflist")).unwrap(),
         format!(
-            "{{\n  \"cniVersion\": \"1.1.0\",\n  \"name\": \"kun\",\n  \"plugins\": [\n    {{\n      \"capabilities\": {{\n        \"bandwidth\": true,\n        \"dns\": true,\n        \"io.kubernetes.cri.pod-annotations\": true,\n        \"ipRanges\": true,\n        \"ips\": true,\n        \"mac\": true,\n        \"portMappings\": true\n      }},\n      \"kunConfig\": \"{conf}/kun/kun.yaml\",\n      \"type\": \"kun-cni\"\n    }}\n  ]\n}}\n"
+            "{{\n  \"cniVersion\": \"1.0.0\",\n  \"cniVersions\": [\n    \"1.0.0\",\n    \"1.1.0\"\n  ],\n  \"name\": \"kun\",\n  \"plugins\": [\n    {{\n      \"capabilities\": {{\n        \"bandwidth\": true,\n        \"dns\": true,\n        \"io.kubernetes.cri.pod-annotations\": true,\n        \"ipRanges\": true,\n        \"ips\": true,\n        \"mac\": true,\n        \"portMappings\": true\n      }},\n      \"kunConfig\": \"{conf}/kun/kun.yaml\",\n      \"type\": \"kun-cni\"\n    }}\n  ]\n}}\n"
         )
     );
 

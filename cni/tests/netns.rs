@@ -4,6 +4,8 @@
 
 mod node;
 
+use std::io::Read;
+use std::net::{Shutdown, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 
@@ -229,6 +231,39 @@ fn routes_survive_flaps_of_either_end() {
             }
         }
     }
+}
+
+/// A pod has one port block to send from. A client that closes first leaves its ports waiting, and goes on all the same.
+#[test]
+fn a_pod_that_used_up_its_ports_has_them_back_soon() {
+    if !require_root() {
+        return;
+    }
+    const PORTS: usize = 1024;
+    let node = Node::new("split");
+    node_addresses(&node);
+    let pod = Pod::new("c1", true);
+    node.add(&pod).unwrap();
+    let listener = node
+        .netns
+        .run(|| std::net::TcpListener::bind("[2001:db8::7]:0").unwrap());
+    let server = listener.local_addr().unwrap();
+    let connect = || {
+        pod.netns.run(|| {
+            let client = TcpStream::connect_timeout(&server, Duration::from_secs(2))?;
+            let (mut served, _) = listener.accept()?;
+            client.shutdown(Shutdown::Write)?;
+            served.read_to_end(&mut Vec::new()).map(drop)
+        })
+    };
+    for _ in 0..PORTS {
+        connect().unwrap();
+    }
+    // One second between two lives of a port; a minute if none were allowed.
+    wait_for("a port to be free", Duration::from_secs(10), || {
+        connect().ok()
+    })
+    .unwrap();
 }
 
 /// What a pod's end must have: addresses, default routes, and neighbour entries for the next hops, in one text.

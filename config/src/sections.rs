@@ -81,6 +81,8 @@ pub struct Ipam {
     pub cooldown: Duration,
     /// How long evidence that the network has forgotten an address is looked for in vain before the address is kept back.
     pub quarantine_after: Duration,
+    /// A block that a node has no use for goes back after so long.
+    pub return_blocks_after: Duration,
     /// `None`: the uplink's.
     pub mtu: Option<u32>,
 }

@@ -30,6 +30,9 @@ pub struct Exhausted {
     /// Who has most of those in use, most first.
     #[serde(default)]
     pub holders: Vec<Holder>,
+    /// What became of the wish for another block, one line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub more: Option<String>,
 }
 
 /// A namespace, and how many slots its pods have.
@@ -74,6 +77,9 @@ impl fmt::Display for Exhausted {
                 write!(f, ", {} ({})", holder.name, holder.slots)?;
             }
         }
+        if let Some(more) = &self.more {
+            write!(f, "; {more}")?;
+        }
         Ok(())
     }
 }
@@ -116,6 +122,13 @@ pub struct BlockRow {
     pub class: SlotClass,
     /// `false`: it was this node's, and slots of it are still in use or known.
     pub owned: bool,
+    /// `confirmed`: given out from. `taken`: the node has it, and the API server has not heard so yet. `draining`: nothing more is given
+    /// out. `returned`: it is not this node's any more.
+    #[serde(default)]
+    pub standing: String,
+    /// The number of its owners so far.
+    #[serde(default)]
+    pub epoch: u64,
     /// Slots in use.
     pub allocated: u32,
     /// Slots that rest, wait or are quarantined.
@@ -134,6 +147,9 @@ pub struct PoolRow {
     pub ranges: Vec<IpNet>,
     /// Blocks of this node.
     pub blocks: u32,
+    /// Blocks that it wants to have in all; 0: it does not say.
+    #[serde(default)]
+    pub wanted: u32,
     /// Slots in use.
     pub allocated: u32,
     /// Slots that rest.

@@ -165,7 +165,7 @@ pub enum Request {
         pod: PodRef,
         /// `None`: the configured default.
         class: Option<SlotClass>,
-        /// This slot and no other. It must be free: a fixed address cools like any other.
+        /// This slot and no other. It must be free, a fixed address cools like any other, or have been this very attachment's last.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         slot: Option<Slot>,
         /// One of these slots; empty: any.

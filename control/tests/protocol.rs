@@ -224,6 +224,7 @@ fn answers() {
                     name: "shop".to_owned(),
                     slots: 60,
                 }],
+                more: None,
             },
         },
         r#"{"is":"exhausted","exhausted":{"class":"dual","retryAfterSecs":9,"allocated":60,"cooling":2,"waiting":1,"quarantined":1,"holders":[{"name":"shop","slots":60}]}}"#,
@@ -250,6 +251,8 @@ fn answers() {
         block: BlockId::new(Slot(0x0a40_0000)).expect("aligned"),
         class: SlotClass::Dual,
         owned: true,
+        standing: "draining".to_owned(),
+        epoch: 2,
         allocated: 1,
         cooling: 2,
         free: 61,
@@ -258,6 +261,7 @@ fn answers() {
         class: SlotClass::Dual,
         ranges: vec!["10.64.0.0/16".parse().expect("a prefix")],
         blocks: 1,
+        wanted: 2,
         allocated: 1,
         cooling: 1,
         waiting: 1,
@@ -271,7 +275,7 @@ fn answers() {
             pools: vec![pool],
         },
         &format!(
-            r#"{{"is":"ipam","slots":[{{"slot":171966465,"state":"cooling","generation":3,"v6":"fd00::a40:1","v4":null,"key":{KEY},"pod":{POD},"freeInSecs":5,"ageSecs":7,"why":["route"]}}],"blocks":[{{"block":171966464,"class":"dual","owned":true,"allocated":1,"cooling":2,"free":61}}],"pools":[{{"class":"dual","ranges":["10.64.0.0/16"],"blocks":1,"allocated":1,"cooling":1,"waiting":1,"quarantined":0,"free":61}}]}}"#
+            r#"{{"is":"ipam","slots":[{{"slot":171966465,"state":"cooling","generation":3,"v6":"fd00::a40:1","v4":null,"key":{KEY},"pod":{POD},"freeInSecs":5,"ageSecs":7,"why":["route"]}}],"blocks":[{{"block":171966464,"class":"dual","owned":true,"standing":"draining","epoch":2,"allocated":1,"cooling":2,"free":61}}],"pools":[{{"class":"dual","ranges":["10.64.0.0/16"],"blocks":1,"wanted":2,"allocated":1,"cooling":1,"waiting":1,"quarantined":0,"free":61}}]}}"#
         ),
     );
     let step = WhyStep {

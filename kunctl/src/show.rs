@@ -135,6 +135,7 @@ pub(crate) fn ipam(
                 "pool",
                 "ranges",
                 "blocks",
+                "wanted",
                 "allocated",
                 "cooling",
                 "waiting",
@@ -148,6 +149,10 @@ pub(crate) fn ipam(
                 class(pool.class).to_owned(),
                 ranges.join(" "),
                 pool.blocks.to_string(),
+                match pool.wanted {
+                    0 => "-".to_owned(),
+                    wanted => wanted.to_string(),
+                },
                 pool.allocated.to_string(),
                 pool.cooling.to_string(),
                 pool.waiting.to_string(),
@@ -161,13 +166,22 @@ pub(crate) fn ipam(
     if !blocks.is_empty() {
         let mut table = table(
             width,
-            &["block", "class", "owned", "allocated", "cooling", "free"],
+            &[
+                "block",
+                "class",
+                "phase",
+                "epoch",
+                "allocated",
+                "cooling",
+                "free",
+            ],
         );
         for block in blocks {
             table.add_row([
                 block.block.to_string(),
                 class(block.class).to_owned(),
-                if block.owned { "yes" } else { "no more" }.to_owned(),
+                block.standing.clone(),
+                block.epoch.to_string(),
                 block.allocated.to_string(),
                 block.cooling.to_string(),
                 block.free.to_string(),

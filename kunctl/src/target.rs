@@ -185,7 +185,7 @@ fn snapshot(cluster: &ClusterSource) -> Result<Store, ResolveError> {
                 eprintln!("kunctl: {trouble}");
                 troubles.push(trouble);
             }
-            Ok(Event::Partial | Event::Whole) => {}
+            Ok(Event::Partial | Event::Whole | Event::Reached(..)) => {}
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                 troubles.extend(following.troubles().now());
                 let why = troubles.pop();

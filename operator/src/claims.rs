@@ -9,10 +9,10 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
+use kun_cluster::api::read_answer;
 use kun_cluster::api::write::{WriteError, Writer};
 use kun_cluster::crd::{IpPoolSpec, Moment, status_to_json};
-use kun_cluster::{Delta, Interner, Kind, ObjectName, Resource, Store, read_api};
-use kun_config::yaml::documents;
+use kun_cluster::{Delta, Interner, Kind, ObjectName, Resource, Store};
 use serde_json::{Value, json};
 
 use crate::elect::{Seat, now};
@@ -20,7 +20,7 @@ use crate::events;
 use crate::generated::GeneratedError;
 use crate::gone::Gone;
 use crate::memory::{Kept, Memory};
-use crate::plan::{Assignments, Plan, Pools, Shortage, is_ours, owner_of};
+use crate::plan::{Assignments, Plan, Pools, Shortage, is_let_go, is_ours, owner_of};
 use crate::pools;
 use crate::writes::{self, Write, writes};
 
@@ -48,6 +48,9 @@ pub struct Claims {
     kept: BTreeMap<ObjectName, Vec<IpAddr>>,
     /// How often the addresses of a Service were written.
     written: BTreeMap<ObjectName, u32>,
+    /// When the counts of each pool were said last, and whether some wait to be said.
+    counted: BTreeMap<ObjectName, Duration>,
+    counts_wait: Option<Duration>,
     failures: u32,
     /// Troubles of the pass before and of this one: each is told when it begins.
     told: BTreeSet<String>,
@@ -56,6 +59,10 @@ pub struct Claims {
     /// Seeds the jitter.
     reporter: String,
 }
+
+/// How many blocks and addresses of a pool are given, every node's agent hears that watches pools: said at most so often. What people wait for,
+/// a condition, is said at once.
+const COUNTS_EVERY: Duration = Duration::from_secs(30);
 
 /// Writes of one pass: in between is looked at what changed, and at whether the operator is to stop.
 const PASS: usize = 256;
@@ -81,6 +88,8 @@ impl Claims {
             gone: Gone::default(),
             kept: BTreeMap::new(),
             written: BTreeMap::new(),
+            counted: BTreeMap::new(),
+            counts_wait: None,
             failures: 0,
             told: BTreeSet::new(),
             telling: BTreeSet::new(),
@@ -185,11 +194,7 @@ impl Claims {
 
     /// What the server answered is what the cluster now says; the watch will say it again.
     fn take(&mut self, store: &mut Store, kind: Kind, object: &Value) {
-        let (title, text) = (Resource::of(kind).kind, object.to_string());
-        let read = documents(title, &text).ok().and_then(|trees| {
-            let reading = read_api(&mut self.names, kind, title, trees.first()?);
-            reading.object
-        });
+        let read = read_answer(&mut self.names, kind, object);
         if let Some(object) = read {
             store.apply(Delta::Upsert(object));
         }
@@ -212,9 +217,12 @@ impl Memory for Claims {
             list.sort();
             addresses.insert(service.meta.name.clone(), list);
         }
+        let let_go = store.blocks().filter(|b| is_let_go(b)).map(|b| b.block());
+        let mut returned = self.gone.returned(store, now, self.cooldown);
+        returned.extend(let_go);
         Assignments {
             blocks: store.blocks().map(|b| (b.block(), owner_of(b))).collect(),
-            returned: self.gone.returned(store, now, self.cooldown),
+            returned,
             addresses,
         }
     }
@@ -247,14 +255,28 @@ impl Memory for Claims {
 
     fn tell(&mut self, store: &mut Store, plan: &Plan, new: &BTreeSet<Shortage>) {
         let pools: Vec<_> = store.pools().cloned().collect();
+        self.counts_wait = None;
+        self.counted
+            .retain(|name, _| pools.iter().any(|pool| pool.meta.name == *name));
         for pool in pools {
-            let Some(now) = Moment::from_unix(Timestamp::now().as_second()) else {
+            let Some(moment) = Moment::from_unix(Timestamp::now().as_second()) else {
                 break;
             };
-            let status = pools::status(&pool, &plan.assignments, &plan.shortages, now);
+            let status = pools::status(&pool, &plan.assignments, &plan.shortages, moment);
             if pool.status.as_ref() == Some(&status) || !self.seat.may_call() {
                 continue;
             }
+            let at = now();
+            let before = pool.status.as_ref();
+            if before.is_some_and(|before| before.conditions == status.conditions)
+                && let Some(said) = self.counted.get(&pool.meta.name)
+                && at < *said + COUNTS_EVERY
+            {
+                let wait = *said + COUNTS_EVERY - at;
+                self.counts_wait = Some(self.counts_wait.map_or(wait, |other| other.min(wait)));
+                continue;
+            }
+            self.counted.insert(pool.meta.name.clone(), at);
             let patch = json!({"status": status_to_json::<IpPoolSpec>(&status)});
             let resource = Resource::of(Kind::IpPool);
             match self.writer.patch_status(resource, &pool.meta.name, &patch) {
@@ -275,7 +297,8 @@ impl Memory for Claims {
     }
 
     fn look_again(&self) -> Option<Duration> {
-        self.gone.next(now(), self.cooldown)
+        let next = self.gone.next(now(), self.cooldown);
+        [next, self.counts_wait].into_iter().flatten().min()
     }
 }
 
@@ -287,7 +310,9 @@ fn tell(write: &Write) {
             owner,
             epoch,
             ..
-        } => tracing::info!(%block, node = %owner, epoch, "block handed over: its owner is gone"),
+        } => {
+            tracing::info!(%block, node = %owner, epoch, "block handed over: its owner is gone or has let go")
+        }
         Write::Addresses {
             service, addresses, ..
         } => tracing::info!(%service, ?addresses, "virtual addresses assigned"),

@@ -22,4 +22,5 @@ pub mod memory;
 pub mod plan;
 pub mod pools;
 pub mod run;
+pub mod watermark;
 pub mod writes;

@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
+use kun_cluster::crd::Phase;
 use kun_cluster::{IpFamily, IpamBlock, Node, ObjectName, Service, ServiceType, Store};
 use kun_config::types::{BlockId, SlotClass};
 
@@ -64,7 +65,7 @@ impl fmt::Display for Owner {
 pub struct Assignments {
     /// Owner of each block.
     pub blocks: BTreeMap<BlockId, Owner>,
-    /// Those of them whose owner is gone for good: they may have another.
+    /// Those of them that may have another owner: theirs is gone for good, or has let go.
     pub returned: BTreeSet<BlockId>,
     /// Virtual addresses of each service, at most one of each family. Services that are gone keep theirs until a pool is empty.
     pub addresses: BTreeMap<ObjectName, Vec<IpAddr>>,
@@ -165,15 +166,11 @@ pub struct Plan {
 /// somebody else wrote are respected and not taken over.
 pub fn plan(store: &Store, pools: &Pools, before: &Assignments, blocks_per_node: u32) -> Plan {
     let mut shortages = BTreeSet::new();
-    let blocks = plan_blocks(store, pools, before, blocks_per_node, &mut shortages);
+    let (blocks, given) = plan_blocks(store, pools, before, blocks_per_node, &mut shortages);
     let addresses = plan_addresses(store, pools, &before.addresses, &mut shortages);
-    let returned = before
-        .returned
-        .iter()
-        .filter(|block| before.blocks.get(block) == blocks.get(block));
     Plan {
         assignments: Assignments {
-            returned: returned.copied().collect(),
+            returned: before.returned.difference(&given).copied().collect(),
             blocks,
             addresses,
         },
@@ -185,15 +182,20 @@ fn plan_blocks(
     store: &Store,
     pools: &Pools,
     before: &Assignments,
-    wanted: u32,
+    least: u32,
     shortages: &mut BTreeSet<Shortage>,
-) -> BTreeMap<BlockId, Owner> {
+) -> (BTreeMap<BlockId, Owner>, BTreeSet<BlockId>) {
     let mut owners = before.blocks.clone();
+    // Blocks that are on their way back: no new pod gets an address of them.
     let mut draining: BTreeSet<BlockId> = BTreeSet::new();
+    let mut asked: BTreeMap<(Owner, SlotClass), u32> = BTreeMap::new();
     for object in store.blocks() {
         let (block, claimed) = (object.block(), owner_of(object));
-        if object.spec.draining {
+        if object.spec.draining || matches!(object.phase(), Phase::Draining | Phase::Drained) {
             draining.insert(block);
+        } else if let Some(wanted) = wish_of(object) {
+            let most = asked.entry((claimed.clone(), block.class())).or_default();
+            *most = wanted.max(*most);
         }
         let owner = owners.entry(block).or_insert_with(|| claimed.clone());
         if owner.node != claimed.node {
@@ -216,6 +218,7 @@ fn plan_blocks(
         own.map(|(block, _)| *block).collect()
     };
     let mut ours = before.blocks.clone();
+    let mut given = BTreeSet::new();
     let mut taken: BTreeSet<BlockId> = owners
         .keys()
         .filter(|block| !before.returned.contains(block))
@@ -230,11 +233,14 @@ fn plan_blocks(
         let mut free = FreeBlocks::new(ranges);
         for node in store.nodes() {
             let mut own = own(node, class);
+            let asked = asked.get(&(Owner::of(node), class)).copied();
+            let wanted = asked.unwrap_or(0).max(least);
             while (own.len() as u32) < wanted {
                 let Some(block) = free.next(node, &own, &taken) else {
                     break;
                 };
                 taken.insert(block);
+                given.insert(block);
                 ours.insert(block, Owner::of(node));
                 own.push(block);
             }
@@ -250,7 +256,24 @@ fn plan_blocks(
             }
         }
     }
-    ours
+    (ours, given)
+}
+
+/// How many blocks of its class the present owner of a block wants to have in all. Said of a block that it has not confirmed it is an
+/// earlier owner's.
+fn wish_of(object: &IpamBlock) -> Option<u32> {
+    let status = object.status.as_ref()?;
+    (object.phase() == Phase::Confirmed).then_some(status.wanted)?
+}
+
+/// Whether the owner of a block has let go of it, or never took it and is not to: it may have another owner at once.
+pub fn is_let_go(object: &IpamBlock) -> bool {
+    match object.phase() {
+        Phase::Drained => true,
+        // It may be about to confirm: then one of the two writes is refused.
+        Phase::Pending => object.spec.draining,
+        Phase::Confirmed | Phase::Draining => false,
+    }
 }
 
 /// Whom an IPAMBlock object names.

@@ -23,6 +23,7 @@ use crate::generated::{Generated, GeneratedError};
 use crate::lease::CALL_WITHIN;
 use crate::memory::{Kept, Memory};
 use crate::plan::{Pools, Shortage, plan};
+use crate::watermark::{self, Folding};
 
 /// The lease's name, in the operator's own namespace.
 const LEASE: &str = "kun-operator";
@@ -70,11 +71,15 @@ struct Counted {
     shortages: Gauge,
     troubles: Counter,
     leads: Gauge,
+    watermark: watermark::Counted,
 }
 
 impl Counted {
     fn register(metrics: &Metrics) -> Self {
-        let counted = Self::default();
+        let counted = Self {
+            watermark: watermark::Counted::register(metrics),
+            ..Self::default()
+        };
         metrics.register(|r| {
             r.register(
                 "kun_operator_blocks",
@@ -148,7 +153,7 @@ impl Desk {
     fn take(&self, store: &mut Store, event: &Event) {
         match event {
             Event::Deltas(deltas) => deltas.iter().for_each(|delta| apply(store, delta)),
-            Event::Synced | Event::Partial | Event::Whole => {}
+            Event::Synced | Event::Partial | Event::Whole | Event::Reached(..) => {}
             Event::Trouble(trouble) => {
                 self.counted.troubles.inc();
                 tracing::warn!("{trouble}");
@@ -323,6 +328,8 @@ struct Reign {
     memory: Claims,
     synced: bool,
     _following: Following,
+    /// Not of a pass that is made once.
+    _folding: Option<Folding>,
 }
 
 impl OnApi {
@@ -383,7 +390,7 @@ impl OnApi {
                         number += 1;
                         desk.told.clear();
                         health.set_ready(false);
-                        reign = Some(self.begin(&desk.config, number, candidacy, tell.clone())?);
+                        reign = Some(self.begin(desk, number, candidacy, tell.clone(), once)?);
                     }
                     Message::Standing(Standing::Waits) => {
                         if reign.take().is_some() {
@@ -431,10 +438,11 @@ impl OnApi {
     /// A fresh list of the newest data: what a leader before wrote is in it.
     fn begin(
         &self,
-        config: &Config,
+        desk: &Desk,
         number: u64,
         candidacy: &Candidacy,
         tell: SyncSender<Message>,
+        once: bool,
     ) -> Result<Reign, RunError> {
         let wanted = Wanted::new().all([Kind::Service, Kind::Node, Kind::IpPool, Kind::IpamBlock]);
         let following = Source::open(&self.source)?.follow(wanted, move |event| {
@@ -444,14 +452,26 @@ impl OnApi {
         let memory = Claims::new(
             writer,
             candidacy.seat().clone(),
-            config.ipam.cooldown,
+            desk.config.ipam.cooldown,
             self.me.clone(),
         );
+        let fold = || {
+            Folding::start(
+                &self.source,
+                Writer::open(self.kubeconfig.as_deref())?,
+                candidacy.seat().clone(),
+                &self.me,
+                desk.config.ipam.cooldown,
+                desk.counted.watermark.clone(),
+            )
+        };
+        let folding = (!once).then(fold).transpose()?;
         Ok(Reign {
             store: Store::new(),
             memory,
             synced: false,
             _following: following,
+            _folding: folding,
         })
     }
 }

@@ -8,7 +8,7 @@ use kun_cluster::{IpamBlock, Meta, ObjectName, Origin, Service, Store};
 use kun_config::types::BlockId;
 use serde_json::{Value, json};
 
-use crate::plan::{Assignments, Owner, owner_of};
+use crate::plan::{Assignments, Owner, is_let_go, owner_of};
 
 /// One write. What it replaces it names by resourceVersion: if that is not what stands there, nothing is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub enum Write {
         /// Its first owner.
         owner: Owner,
     },
-    /// A block whose owner is gone for good.
+    /// A block whose owner is gone for good, or has let go of it; perhaps to the same node, which takes it under a higher epoch alone.
     HandOver {
         /// The block.
         block: BlockId,
@@ -55,7 +55,8 @@ pub fn writes(store: &Store, wanted: &Assignments) -> Vec<Write> {
         let Some(object) = objects.get(&block) else {
             return Some(Write::Claim { block, owner });
         };
-        (owner_of(object) != owner).then(|| Write::HandOver {
+        let again = is_let_go(object) && !wanted.returned.contains(&block);
+        (owner_of(object) != owner || again).then(|| Write::HandOver {
             block,
             name: object.meta.name.clone(),
             owner,

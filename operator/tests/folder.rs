@@ -50,7 +50,9 @@ fn snapshot(folder: &Path) -> Store {
                 .into_iter()
                 .for_each(|delta| drop(store.apply(delta))),
             Event::Synced => return store,
-            trouble @ (Event::Trouble(_) | Event::Partial | Event::Whole) => panic!("{trouble:?}"),
+            trouble @ (Event::Trouble(_) | Event::Partial | Event::Whole | Event::Reached(..)) => {
+                panic!("{trouble:?}")
+            }
         }
     }
 }

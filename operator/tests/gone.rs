@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use kun_cluster::crd::Moment;
 use kun_cluster::folder::parse_manifest;
-use kun_cluster::{Delta, Kind, ObjectName, Store};
-use kun_config::types::BlockId;
+use kun_cluster::{Delta, Kind, ObjectName, Store, parse_with_status};
+use kun_config::types::{BlockId, SlotClass};
 use kun_operator::gone::Gone;
-use kun_operator::plan::{Assignments, Owner, Plan, owner_of, plan};
+use kun_operator::plan::{Assignments, Owner, Plan, is_let_go, owner_of, plan};
 use kun_operator::pools::{self, Pools};
+use kun_operator::writes::{Write, writes};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -123,6 +124,69 @@ fn a_block_that_is_to_be_returned_is_not_counted() {
     apply(&mut store, &(POOL.to_owned() + &node("a", A) + &draining));
     let plan = planned(&store, &before(&store, &[]));
     assert_eq!(dual(&plan), ["10.64.0.0/26 a a", "10.64.0.64/26 a a"]);
+}
+
+#[test]
+fn what_its_owner_wants_and_what_it_has_let_go_of() {
+    let status = |first: &str, spec: &str, status: &str| {
+        block(first, "a", A).replace("nodeUID", &format!("{spec}nodeUID"))
+            + &format!("status: {{{status}}}\n")
+    };
+    let read = |text: &str| {
+        let mut store = Store::new();
+        for object in parse_with_status("cluster.yaml", text)
+            .expect("good")
+            .objects
+        {
+            store.apply(Delta::Upsert(object));
+        }
+        store
+    };
+    let given = |text: &str| {
+        let store = read(&(POOL.to_owned() + &node("a", A) + text));
+        let let_go = store.blocks().filter(|b| is_let_go(b));
+        let let_go: Vec<String> = let_go.map(|b| b.block().first().to_string()).collect();
+        let returned: Vec<&str> = let_go.iter().map(String::as_str).collect();
+        let plan = planned(&store, &before(&store, &returned));
+        let again: Vec<String> = writes(&store, &plan.assignments)
+            .iter()
+            .filter_map(|write| match write {
+                Write::HandOver { block, epoch, .. } => Some(format!("{block} {epoch}")),
+                Write::Claim { block, .. } if block.class() == SlotClass::Dual => {
+                    Some(block.to_string())
+                }
+                _ => None,
+            })
+            .collect();
+        again
+    };
+    let none: [&str; 0] = [];
+    let confirmed = "epoch: 1, phase: Confirmed";
+    assert_eq!(given(&status("10.64.0.0", "", confirmed)), none);
+    let wants = |n: u32| status("10.64.0.0", "", &format!("{confirmed}, wanted: {n}"));
+    assert_eq!(given(&wants(1)), none);
+    assert_eq!(given(&wants(3)), ["10.64.0.64/26", "10.64.0.128/26"]);
+    // A wish is the present owner's, and of one that has confirmed.
+    assert_eq!(
+        given(&status(
+            "10.64.0.0",
+            "epoch: 2, ",
+            &format!("{confirmed}, wanted: 3")
+        )),
+        none
+    );
+    // What was given and is not confirmed yet counts: a wish is served once.
+    assert_eq!(given(&(wants(2) + &block("10.64.0.64", "a", A))), none);
+    // On its way back, of its own accord: not made up for by itself, and not free.
+    let second = |phase: &str| status("10.64.0.64", "", &format!("epoch: 1, phase: {phase}"));
+    assert_eq!(given(&(wants(1) + &second("Draining"))), none);
+    assert_eq!(given(&(wants(2) + &second("Draining"))), ["10.64.0.128/26"]);
+    // Let go of: it may be its own again, under another epoch.
+    assert_eq!(given(&(wants(1) + &second("Drained"))), none);
+    assert_eq!(given(&(wants(2) + &second("Drained"))), ["10.64.0.64/26 2"]);
+    // Called back before it was taken.
+    let called = status("10.64.0.64", "draining: true, ", "");
+    assert_eq!(given(&(wants(2) + &called)), ["10.64.0.64/26 2"]);
 }
 
 #[test]

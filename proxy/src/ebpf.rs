@@ -39,9 +39,9 @@ impl EbpfBackend {
         Ok((Self { dataplane }, adopted))
     }
 
-    /// Detaches and frees what any agent pinned there.
-    pub fn remove(config: &Config) -> Result<(), Error> {
-        ServiceDataplane::remove(&config.agent.bpffs_root)
+    /// Detaches and frees what any agent pinned there, and put on these interfaces.
+    pub fn remove(config: &Config, interfaces: &[String]) -> Result<(), Error> {
+        ServiceDataplane::remove(&config.agent.bpffs_root, interfaces)
     }
 
     /// The maps' real sizes: adopted ones keep those that they were made with.

@@ -6,6 +6,7 @@ mod rig;
 use std::fs;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -16,6 +17,8 @@ use serde_json::json;
 
 /// Everything here takes milliseconds; a busy machine takes its time.
 const SOON: Duration = Duration::from_secs(20);
+/// Filters are looked for every 15 s.
+const HEALS_WITHIN: Duration = Duration::from_secs(45);
 
 fn at(vip: &str, port: u16) -> SocketAddr {
     SocketAddr::new(vip.parse::<IpAddr>().unwrap(), port)
@@ -291,14 +294,77 @@ fn blocks_are_routed_and_cleanup_leaves_nothing() {
         node.routes("-6")
     );
     assert!(node.pins() > 0);
+    let pod = node.pod("left");
+    assert_eq!(
+        filters_of(&node).len(),
+        2 * 2,
+        "one each way on each of two interfaces"
+    );
     let refused = node.run_agent(&["--cleanup"]);
     assert!(refused.contains("another agent answers there"), "{refused}");
     node.terminate();
     assert!(node.pins() > 0, "a clean stop leaves the datapath");
     let said = node.run_agent(&["--cleanup"]);
     assert_eq!(node.pins(), 0, "{said}");
+    assert_eq!(filters_of(&node), Vec::<String>::new(), "{said}");
+    drop(pod);
     assert!(!node.routes("-4").contains("unreachable"));
     assert!(!node.routes("-6").contains("unreachable fd00:64"));
+}
+
+/// Host-side interfaces of pods.
+fn pod_interfaces(node: &Node) -> Vec<String> {
+    let links = node.netns.exec("-o link show").unwrap();
+    (links.lines())
+        .filter_map(|line| line.split([' ', '@']).nth(1))
+        .filter(|name| name.starts_with("kun"))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Our filters on pods' interfaces, a line each.
+fn filters_of(node: &Node) -> Vec<String> {
+    let mut found = Vec::new();
+    for name in pod_interfaces(node) {
+        for direction in ["ingress", "egress"] {
+            let mut tc = Command::new("tc");
+            tc.args(["filter", "show", "dev", &name, direction]);
+            let out = node.netns.output(tc).unwrap();
+            let said = String::from_utf8_lossy(&out.stdout).into_owned();
+            let ours = said.lines().filter(|line| line.contains("handle 0x1 "));
+            found.extend(ours.map(|line| format!("{name} {direction}: {line}")));
+        }
+    }
+    found
+}
+
+/// Filters have no owner: anybody's `tc qdisc del` takes them away.
+#[test]
+fn programs_that_somebody_took_away_are_put_back() {
+    let Some(node) = Node::start("heal") else {
+        return;
+    };
+    let client = node.pod("client");
+    let server = node.server("one");
+    node.publish(&Service::new(&[&server]));
+    let before = filters_of(&node);
+    for name in pod_interfaces(&node) {
+        let mut tc = Command::new("tc");
+        tc.args(["qdisc", "del", "dev", &name, "clsact"]);
+        assert!(node.netns.output(tc).unwrap().status.success(), "{name}");
+    }
+    assert_eq!(filters_of(&node), Vec::<String>::new());
+    assert!(
+        wait_until(HEALS_WITHIN, || filters_of(&node).len() == before.len()),
+        "{:?}",
+        filters_of(&node)
+    );
+    let inside = Inside::enter(&node);
+    for vip in [VIP4, VIP6] {
+        let seen = rig::names_over_udp(&client.netns, at(vip, 53), 4);
+        assert_eq!(seen, ["one"], "{vip}");
+    }
+    drop(inside);
 }
 
 #[test]

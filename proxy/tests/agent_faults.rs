@@ -90,7 +90,10 @@ impl Lab {
             .start()
             .unwrap();
         let kubectl = |words: &[&str]| plane.kubectl(words, "").unwrap();
-        kubectl(&["create", "-f", &deploy("crds/kun.network_ipamblocks.yaml")]);
+        for kind in ["ipamblocks", "ippools"] {
+            let crd = format!("crds/kun.network_{kind}.yaml");
+            kubectl(&["create", "-f", &deploy(&crd)]);
+        }
         kubectl(&["create", "-f", &deploy("base/agent-rbac.yaml")]);
         let (token, kubeconfig) = (node.path("token"), node.path("kubeconfig"));
         plane.token_kubeconfig(&token, &kubeconfig).unwrap();

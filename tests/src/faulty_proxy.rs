@@ -1,5 +1,5 @@
 //! Stands between a client and a real API server and spoils answers: refuses, cuts in the middle of an event, swallows an event,
-//! changes over to another server. It speaks plain HTTP/1.1 to the client (one GET a connection), and to the server whatever a
+//! changes over to another server. It speaks plain HTTP/1.1 to the client (one request a connection), and to the server whatever a
 //! kubeconfig says; everything that it does not spoil is the server's own.
 
 use std::collections::VecDeque;
@@ -124,7 +124,7 @@ impl Shared {
 }
 
 async fn serve(mut stream: TcpStream, shared: &Shared) -> Result<()> {
-    let (path, accept) = read_request(&mut stream).await?;
+    let asked = read_request(&mut stream).await?;
     shared
         .requests
         .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -152,9 +152,14 @@ async fn serve(mut stream: TcpStream, shared: &Shared) -> Result<()> {
     .await?;
     // An answer that is an error is the client's to see.
     config.default_retry = false;
-    let request = http::Request::get(path)
-        .header("accept", accept)
-        .body(Body::empty())?;
+    let mut request = http::Request::builder()
+        .method(asked.method.as_str())
+        .uri(asked.path)
+        .header("accept", asked.accept);
+    if let Some(kind) = asked.content_type {
+        request = request.header("content-type", kind);
+    }
+    let request = request.body(Body::from(asked.body))?;
     let answer = Client::try_from(config)?.send(request).await?;
     let after = answer
         .headers()
@@ -219,19 +224,42 @@ async fn write_chunk(stream: &mut TcpStream, data: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Path and `Accept` of a GET.
-async fn read_request(stream: &mut TcpStream) -> Result<(String, String)> {
+/// Of a request what is passed on.
+struct Asked {
+    method: String,
+    path: String,
+    accept: String,
+    content_type: Option<String>,
+    body: Vec<u8>,
+}
+
+async fn read_request(stream: &mut TcpStream) -> Result<Asked> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         anyhow::ensure!(head.len() < 64 << 10, "a request of more than 64 KiB");
         head.push(stream.read_u8().await?);
     }
     let head = String::from_utf8(head)?;
-    let path = head.split(' ').nth(1).context("a request line")?.to_owned();
-    let accept = head.lines().find_map(|l| {
-        l.split_once(':')
-            .filter(|(k, _)| k.eq_ignore_ascii_case("accept"))
-    });
-    let accept = accept.map_or("*/*", |(_, value)| value.trim()).to_owned();
-    Ok((path, accept))
+    let mut words = head.split(' ');
+    let method = words.next().context("a request line")?.to_owned();
+    let path = words.next().context("a request line")?.to_owned();
+    let header = |name: &str| {
+        let mut lines = head.lines().filter_map(|l| l.split_once(':'));
+        let found = lines.find(|(k, _)| k.eq_ignore_ascii_case(name));
+        found.map(|(_, value)| value.trim().to_owned())
+    };
+    let length: usize = match header("content-length") {
+        Some(length) => length.parse()?,
+        None => 0,
+    };
+    anyhow::ensure!(length <= 1 << 20, "a request with more than a MiB");
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await?;
+    Ok(Asked {
+        method,
+        path,
+        accept: header("accept").unwrap_or_else(|| "*/*".to_owned()),
+        content_type: header("content-type"),
+        body,
+    })
 }

@@ -116,6 +116,8 @@ impl Watcher {
                 ensure!(!self.synced, "Synced twice");
                 self.synced = true;
             }
+            // Not asked for.
+            Event::Reached(..) => bail!("a revision that nobody wants"),
             Event::Whole => {
                 ensure!(self.synced && self.partial, "Whole without Partial");
                 self.partial = false;

@@ -22,6 +22,9 @@ use serde_json::Value;
 /// What `kubectl` waits for; pods take seconds, a busy machine more.
 const ROLLS_WITHIN: &str = "--timeout=180s";
 
+/// At most two hundred questions a second and client: a pod has 1,024 ports to ask from, and what is tried here is not their number.
+const BETWEEN_QUESTIONS: Duration = Duration::from_millis(5);
+
 fn programs() -> PathBuf {
     let lab = Path::new(env!("CARGO_BIN_EXE_kun-lab"));
     lab.parent().unwrap_or(Path::new(".")).to_owned()
@@ -314,6 +317,7 @@ impl Asker {
             let mut asked = Asked::default();
             while !told.load(Ordering::Relaxed) {
                 for question in &questions {
+                    std::thread::sleep(BETWEEN_QUESTIONS);
                     asked.made += 1;
                     match client.ask(question)? {
                         Told::Hello(_) => {}

@@ -21,6 +21,9 @@ const SOON: Duration = Duration::from_secs(60);
 
 const NAMESPACE: &str = "kube-system";
 
+/// Where nodes write Leases.
+const NODE_LEASES: &str = "kun-node-lease";
+
 /// The programs: its account, what it says when it is ready, and where.
 const PROGRAMS: [(&str, u16, &str); 3] = [
     ("kun-proxy", 9466, "/readyz"),
@@ -146,6 +149,8 @@ impl Bench {
 
     fn apply_whole(&self) {
         let deploy = deploy();
+        // A namespace that is not kept either has nothing in it.
+        self.kubectl(&["create", "namespace", NODE_LEASES], "");
         // What cannot stand beside the base is tried by the server and not kept.
         for overlay in ["overlays/dual-stack", "overlays/nat64-gateway", "uninstall"] {
             let path = deploy.join(overlay);
@@ -181,6 +186,14 @@ impl Bench {
         );
     }
 
+    /// Everything that the program may ever write is to be done.
+    fn much_to_do_for(&self, program: &str) {
+        self.much_to_do();
+        if program == "kun-proxy" {
+            self.a_block_to_confirm();
+        }
+    }
+
     /// Everything that the operator may ever write is to be done: a block to claim, one to hand over whose owner is gone, a Service
     /// without an address, a pool without a status, a node that gets nothing yet, no lease.
     fn much_to_do(&self) {
@@ -190,7 +203,10 @@ impl Bench {
             &["ippools", "--all"],
             &["service", "web"],
             &["events", "--all"],
-            &["-n", NAMESPACE, "lease", "kun-operator"],
+            // With their conditions.
+            &["nodes", "--all"],
+            &["-n", NAMESPACE, "lease", "kun-operator", "kun-watermark"],
+            &["-n", NODE_LEASES, "lease", "--all"],
         ] {
             let words: Vec<&str> = gone.iter().chain(what).copied().collect();
             self.kubectl(&words, "");
@@ -221,6 +237,16 @@ kind: Service
 metadata: {name: web, namespace: default}
 spec: {type: LoadBalancer, ports: [{port: 80}]}
 ",
+        );
+    }
+
+    /// A block that the node's agent has to confirm. The operator would have nothing to claim beside it.
+    fn a_block_to_confirm(&self) {
+        let node = self.get(&["node", "node-a"]);
+        let uid = text(&node["metadata"]["uid"]);
+        self.kubectl(
+            &["apply", "--server-side", "-f", "-"],
+            &format!("{{apiVersion: kun.network/v1alpha1, kind: IPAMBlock, metadata: {{name: block-240-0-0-64}}, spec: {{first: 240.0.0.64, node: node-a, nodeUID: {uid}}}}}"),
         );
     }
 
@@ -312,15 +338,25 @@ spec: {type: LoadBalancer, ports: [{port: 80}]}
     /// The roles of an account, as the server has them.
     fn roles(&self, program: &str) -> Vec<Value> {
         let mut roles = vec![self.get(&["clusterrole", program])];
-        if program == "kun-operator" {
-            roles.push(self.get(&["-n", NAMESPACE, "role", program]));
+        if program != "kun-dns" {
+            let namespaces = [NAMESPACE, NODE_LEASES];
+            roles.extend(namespaces.map(|n| self.get(&["-n", n, "role", program])));
         }
         roles
     }
 
-    /// What the server says that an account may do in `kube-system`.
+    /// What the server says that an account may do in the namespaces that are its business.
     fn may(&self, account: &str) -> BTreeSet<Right> {
-        let review = r#"{"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview", "spec": {"namespace": "kube-system"}}"#;
+        let namespaces = [NAMESPACE, NODE_LEASES];
+        let rights = namespaces.map(|namespace| self.may_in(account, namespace));
+        rights.into_iter().flatten().collect()
+    }
+
+    fn may_in(&self, account: &str, namespace: &str) -> BTreeSet<Right> {
+        let review =
+            json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview",
+            "spec": {"namespace": namespace}})
+            .to_string();
         let words = [
             "create",
             "--validate=false",
@@ -333,7 +369,7 @@ spec: {type: LoadBalancer, ports: [{port: 80}]}
             "--as-group",
             "system:authenticated",
         ];
-        let answer: Value = serde_json::from_str(&self.kubectl(&words, review)).unwrap();
+        let answer: Value = serde_json::from_str(&self.kubectl(&words, &review)).unwrap();
         rights(&answer["status"]["resourceRules"])
     }
 
@@ -361,9 +397,10 @@ spec: {type: LoadBalancer, ports: [{port: 80}]}
         let kind = text(&role["kind"]).to_lowercase();
         let patch = json!({"rules": rules}).to_string();
         let name = text(&role["metadata"]["name"]);
+        let namespace = role["metadata"]["namespace"].as_str();
         let words = [
             "-n",
-            NAMESPACE,
+            namespace.unwrap_or(NAMESPACE),
             "patch",
             &kind,
             &name,
@@ -420,7 +457,7 @@ fn each_program_may_do_what_it_asks_and_nothing_else() {
             .collect();
         assert_eq!(may, granted, "{program}: more is bound to its account");
 
-        bench.much_to_do();
+        bench.much_to_do_for(program);
         {
             let running = bench.start_program(program);
             wait_for(&format!("{program}: ready"), SOON, || {
@@ -446,7 +483,7 @@ fn each_program_may_do_what_it_asks_and_nothing_else() {
         }
         for role in &roles {
             for right in rights(&role["rules"]) {
-                bench.much_to_do();
+                bench.much_to_do_for(program);
                 bench.take_away(role, &right);
                 let running = bench.start_program(program);
                 let says = format!("no right to {right}");

@@ -9,7 +9,7 @@ use crate::{command, setup, vm};
 /// Flags of `bench`.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// One part alone: ebpf, cni, proxy, dns, nat64, bgp, cluster.
+    /// One part alone: ebpf, cni, dense, proxy, dns, nat64, bgp, cluster.
     part: Option<String>,
     /// `table` or `json`.
     #[arg(long, default_value = "table")]

@@ -34,6 +34,7 @@ pub(crate) const PACKAGES: &[(&str, &str)] = &[
         "nsd",
         "the authoritative DNS server of the lab's internet host",
     ),
+    ("podman", "the CNI tests' client that is no Kubernetes"),
     ("runc", "what starts containers on the lab's nodes"),
     ("unbound", "the peer of the DNS bench"),
 ];

@@ -16,8 +16,9 @@ use crate::crd::{self, Definition, How, Unknown};
 use crate::interner::Interner;
 use crate::service_address::ServiceAddress;
 use crate::{
-    Endpoint, EndpointPort, EndpointSlice, IpFamily, KUN_GROUP, KUN_VERSION, Meta, Namespace, Node,
-    Object, ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
+    Endpoint, EndpointPort, EndpointSlice, IpFamily, KUN_GROUP, KUN_VERSION, Meta, NICS_LEFT,
+    Namespace, Node, Object, ObjectName, Origin, Pod, Protocol, Service, ServicePort, ServiceType,
+    TrafficPolicy,
 };
 
 /// Session affinity without a timeout: three hours (core/v1 ClientIPConfig).
@@ -435,7 +436,7 @@ impl Reader<'_> {
     /// A manifest without conditions is a node that somebody wrote down because it works.
     fn node(&mut self, f: &Fields<'_, '_>, line: u32) -> Option<Node> {
         let meta = self.meta(f, line, false)?;
-        let (mut addresses, mut ready) = (Vec::new(), true);
+        let (mut addresses, mut ready, mut nics_left) = (Vec::new(), true, None);
         if let Some(status) = f.get("status") {
             let status = status.fields();
             if let Some(list) = status.get("addresses") {
@@ -447,8 +448,11 @@ impl Reader<'_> {
             }
             if let Some(list) = status.get("conditions") {
                 for c in list.elements().map(Cursor::fields) {
-                    if c.get("type").and_then(|c| c.text()) == Some("Ready") {
-                        ready = c.get("status").and_then(|c| c.text()) == Some("True");
+                    let status = || c.get("status").and_then(|c| c.text());
+                    match c.get("type").and_then(|c| c.text()) {
+                        Some("Ready") => ready = status() == Some("True"),
+                        Some(NICS_LEFT) => nics_left = status().map(|s| s == "True"),
+                        _ => {}
                     }
                 }
             }
@@ -457,6 +461,7 @@ impl Reader<'_> {
             meta,
             addresses,
             ready,
+            nics_left,
         })
     }
 

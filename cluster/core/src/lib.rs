@@ -12,6 +12,7 @@ mod service_address;
 mod store;
 mod wanted;
 pub mod watch;
+pub mod watermark;
 
 pub use crd::{
     BgpAdvertisement, BgpPeer, BgpRouteAffinity, BgpSession, BrakeOverride, IpPool, IpamBlock,

@@ -241,7 +241,12 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// Condition Ready.
     pub ready: bool,
+    /// Condition [`NICS_LEFT`], as the node's agent wrote it last.
+    pub nics_left: Option<bool>,
 }
+
+/// The type of the Node's condition that says whether interfaces of pods that are gone are still there.
+pub const NICS_LEFT: &str = "kun.network/VirtualNICNotReclaimed";
 
 impl Node {
     /// Its zone.
@@ -399,6 +404,19 @@ pub enum Delta {
     Remove(Kind, ObjectName),
 }
 
+/// Which revisions of a kind a view has been through. A `resourceVersion` that is a number may be compared with another of the same
+/// kind and the same server's data (KEP-5504, "Comparable Resource Version"; conformance from Kubernetes 1.35 on).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Reached {
+    /// The list that the view began with. Since then every change has been told; what was before that list and after the one
+    /// before it has not.
+    pub since: u64,
+    /// The last change, or that list: from here to `at` nothing was different.
+    pub changed: u64,
+    /// Everything up to here is told.
+    pub at: u64,
+}
+
 /// What a source says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -411,6 +429,10 @@ pub enum Event {
     Synced,
     /// After [`Event::Partial`], once: every file is known by now.
     Whole,
+    /// Of kinds whose revisions were asked for ([`crate::Wanted::revisions_of`]), from an API server: all that was told of the kind
+    /// before this event is what the server had at this revision. `None`: nobody knows any more which revision it is, until the
+    /// kind has been listed anew.
+    Reached(Kind, Option<Reached>),
     /// The source has trouble, told once; what was told before stays good.
     Trouble(String),
 }

@@ -141,6 +141,9 @@ pub(crate) fn selectors(kind: Kind, scope: &Scope) -> Vec<(&'static str, String)
     if let (Scope::Node(node), Some(field)) = (scope, node_field(kind)) {
         selectors.push(("fieldSelector", format!("{field}={node}")));
     }
+    if let Scope::Named(name) = scope {
+        selectors.push(("fieldSelector", format!("metadata.name={}", name.name)));
+    }
     selectors
 }
 
@@ -219,6 +222,12 @@ mod tests {
         assert_eq!(
             selectors(Kind::EndpointSlice),
             [("labelSelector", "kubernetes.io/service-name".to_owned())]
+        );
+        let one = Scope::Named(ObjectName::new("kube-system", "w"));
+        assert_eq!(one.namespace(), Some("kube-system"));
+        assert_eq!(
+            super::selectors(Kind::Lease, &one),
+            [("fieldSelector", "metadata.name=w".to_owned())]
         );
     }
 }

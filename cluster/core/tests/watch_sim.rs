@@ -75,14 +75,17 @@ struct Sim {
     troubles: Vec<String>,
     requests: u64,
     renewals: u64,
+    /// Revisions that were told, and were right.
+    reached: u64,
 }
 
 impl Sim {
     fn new(seed: u64) -> Self {
         let now = Duration::from_secs(1_000);
+        let wanted = Wanted::new().all(KINDS).revisions_of(Kind::Namespace);
         Self {
             now,
-            hub: Hub::new(&Wanted::new().all(KINDS), Pace::default(), seed, now),
+            hub: Hub::new(&wanted, Pace::default(), seed, now),
             server: Server::new(),
             connections: HashMap::new(),
             told: BTreeMap::new(),
@@ -92,6 +95,7 @@ impl Sim {
             troubles: Vec::new(),
             requests: 0,
             renewals: 0,
+            reached: 0,
         }
     }
 
@@ -229,6 +233,19 @@ impl Sim {
                 assert!(self.synced && self.partial);
                 self.partial = false;
             }
+            Event::Reached(kind, reached) => {
+                assert!(self.synced && kind == Kind::Namespace);
+                if let Some(reached) = reached
+                    && !self.server.lied
+                {
+                    let of_kind = self.told.values().filter(|o| o.kind() == kind);
+                    let told = sim::server::names_and_uids(of_kind);
+                    assert!(reached.since <= reached.changed && reached.changed <= reached.at);
+                    assert_eq!(self.server.had(reached.at), told, "at {reached:?}");
+                    assert_eq!(self.server.had(reached.changed), told, "at {reached:?}");
+                    self.reached += 1;
+                }
+            }
             Event::Trouble(what) => self.troubles.push(what),
         }
     }
@@ -317,6 +334,20 @@ proptest! {
         let seconds = (sim.now - begin).as_secs();
         let most = 40 + seconds / 2 + 12 * steps.len() as u64;
         prop_assert!(sim.requests <= most, "{} requests in {} s of {} steps", sim.requests, seconds, steps.len());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    /// Whenever a revision is told, what was told before it is what the server had at it. (In the histories above too, until the server
+    /// lies for the first time.)
+    #[test]
+    fn what_was_told_is_what_the_server_had_at_the_revision_told(seed: u64, steps in prop::collection::vec(step(), 0..60)) {
+        let mut sim = Sim::new(seed);
+        let honest = steps.iter().filter(|step| !matches!(step, Step::Lie(_)));
+        honest.for_each(|step| sim.step(step));
+        sim.heal();
+        prop_assert!(!sim.server.lied && sim.reached > 0);
     }
 }
 

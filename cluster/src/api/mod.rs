@@ -16,12 +16,20 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kube::config::{InClusterError, KubeconfigError};
+use kun_config::yaml::documents;
 use tokio::sync::Notify;
 
 use access::Access;
 
 use crate::watch::{Counts, Pace};
-use crate::{Event, Kind, Troubles, Wanted};
+use crate::{Event, Interner, Kind, Object, Resource, Troubles, Wanted, read_api};
+
+/// The object that the server answered a write with, read as a watch would.
+pub fn read_answer(names: &mut Interner, kind: Kind, answer: &serde_json::Value) -> Option<Object> {
+    let (title, text) = (Resource::of(kind).kind, answer.to_string());
+    let trees = documents(title, &text).ok()?;
+    read_api(names, kind, title, trees.first()?).object
+}
 
 /// Why the API cannot be followed.
 #[derive(Debug, thiserror::Error)]

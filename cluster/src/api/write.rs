@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::events::v1::Event as EventObject;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
+use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use kube::client::Body;
 use serde::Serialize;
@@ -22,6 +24,12 @@ const CALL_WITHIN: Duration = Duration::from_secs(15);
 
 /// An answer to a write is one object, which the server keeps below 3 MiB.
 const MAX_ANSWER: usize = 8 << 20;
+
+/// RFC 7386.
+const MERGE: &str = "application/merge-patch+json";
+
+/// Kubernetes' own, which knows the keys of lists.
+const STRATEGIC: &str = "application/strategic-merge-patch+json";
 
 /// Why a call failed. What it said of the server is the server's own word.
 #[derive(Debug, thiserror::Error)]
@@ -286,7 +294,7 @@ impl Writer {
         name: &ObjectName,
         patch: &Value,
     ) -> Result<Value, WriteError> {
-        self.merge(resource, "", name, patch)
+        self.merge(resource, "", name, MERGE, patch)
     }
 
     /// JSON merge patch of the status subresource: `{"status": …}`.
@@ -296,7 +304,28 @@ impl Writer {
         name: &ObjectName,
         patch: &Value,
     ) -> Result<Value, WriteError> {
-        self.merge(resource, "status", name, patch)
+        self.merge(resource, "status", name, MERGE, patch)
+    }
+
+    /// Strategic merge patch of the status subresource, of Kubernetes' own kinds alone: lists are merged by their key, so that one
+    /// condition is changed and the others, which are others' to write, stay what they are.
+    pub fn patch_conditions(
+        &self,
+        resource: Resource,
+        name: &ObjectName,
+        conditions: &[Value],
+    ) -> Result<Value, WriteError> {
+        let patch = json!({"status": {"conditions": conditions}});
+        self.merge(resource, "status", name, STRATEGIC, &patch)
+    }
+
+    /// The newest revision that there is of a resource. Asks for one object, and reads the list's own.
+    pub fn head(&self, resource: Resource) -> Result<Option<u64>, WriteError> {
+        let call = call("list", resource, "", &ObjectName::new("", "*"));
+        let path = format!("{}?limit=1", resource.collection(None));
+        let list: Value = self.call(&call, "GET", &path, None)?;
+        let version = list["metadata"]["resourceVersion"].as_str();
+        Ok(version.and_then(|v| v.parse().ok()))
     }
 
     fn merge(
@@ -304,12 +333,12 @@ impl Writer {
         resource: Resource,
         sub: &'static str,
         name: &ObjectName,
+        how: &str,
         patch: &Value,
     ) -> Result<Value, WriteError> {
         let call = call("patch", resource, sub, name);
         let path = with_sub(resource.item(name), sub);
-        let body = Some(("application/merge-patch+json", patch));
-        self.call(&call, "PATCH", &path, body)
+        self.call(&call, "PATCH", &path, Some((how, patch)))
     }
 
     /// A lease; `None`: there is none.
@@ -428,6 +457,22 @@ impl Writer {
         let retry_after = body::retry_after(&head.headers);
         Err(refusal(call, head.status.as_u16(), &text, retry_after))
     }
+}
+
+/// The time of day, for people to read in an object; nothing here is ever compared with it.
+pub fn time() -> String {
+    text(&Time(Timestamp::now()))
+}
+
+/// The same, of a Lease.
+pub fn micro_time() -> String {
+    text(&MicroTime(Timestamp::now()))
+}
+
+/// As the type is written.
+fn text(time: &impl Serialize) -> String {
+    let value = serde_json::to_value(time).unwrap_or_default();
+    value.as_str().unwrap_or_default().to_owned()
 }
 
 fn call(verb: &'static str, resource: Resource, sub: &'static str, name: &ObjectName) -> Call {

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod choice;
+pub mod claims;
 pub mod ipam;
 pub mod leaks;
 pub mod names;

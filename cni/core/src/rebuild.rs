@@ -8,10 +8,17 @@ use std::collections::BTreeMap;
 
 use kun_config::types::{BlockId, Slot};
 
-use crate::ipam::{BootId, BootTime, Effect, Key, Owner, Record, SlotState};
+use crate::ipam::{BootId, BootTime, Claim, Effect, Key, Owner, Record, SlotState, Standing};
 
 /// One allocation a nanosecond fills this in four seconds; one a second, in a hundred years.
 const FLOOR_BITS: u32 = 32;
+
+/// A block that was found: pods live in it, so it is this node's. Its epoch went with the store; whatever it is said to be cools the
+/// free slots once more.
+const REBUILT: Claim = Claim {
+    epoch: 0,
+    standing: Standing::Confirmed,
+};
 
 /// An attachment that lives.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,7 +97,10 @@ pub fn rebuild(
     // An allocation of an unknown generation gets one above the floor of its own.
     let mut above = floor;
     for block in blocks {
-        effects.push(Effect::PutBlock { block, owned: true });
+        effects.push(Effect::PutBlock {
+            block,
+            claim: REBUILT,
+        });
         for slot in block.slots() {
             sequence += 1;
             let (generation, state) = match by_slot.get(&slot) {

@@ -110,6 +110,40 @@ fn limits_and_host_ports_become_types() {
     assert!(!runtime(json!({"portMappings": []})).unwrap().needs_agent());
 }
 
+/// go-cni 1.1.14 marshals structures without tags, and every Go plugin reads them: names differ in case, what is not given is empty.
+#[test]
+fn what_containerd_writes_is_read_as_what_the_conventions_say() {
+    let found = runtime(json!({
+        "bandwidth": {"IngressRate": 2000, "IngressBurst": u32::MAX, "EgressRate": 0, "EgressBurst": 0},
+        "portMappings": [{"HostPort": 8080, "ContainerPort": 80, "Protocol": "udp", "HostIP": ""}],
+        "dns": {"Servers": ["fd00::a", "fe80::1%eth0"], "Searches": ["a.b"], "Options": null},
+        "ipRanges": [[{"Subnet": "10.0.0.0/8", "RangeStart": "", "RangeEnd": "10.0.0.9", "Gateway": ""}]],
+    }))
+    .unwrap();
+    let told = runtime(json!({
+        "bandwidth": {"ingressRate": 2000, "ingressBurst": u32::MAX},
+        "portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "udp"}],
+        "dns": {"servers": ["fd00::a", "fe80::1%eth0"], "searches": ["a.b"]},
+        "ipRanges": [[{"subnet": "10.0.0.0/8", "rangeEnd": "10.0.0.9"}]],
+    }))
+    .unwrap();
+    assert_eq!(found, told);
+    assert_eq!(found.ports[0].host_port.get(), 8080);
+    assert_eq!(found.ingress.unwrap().rate.get(), 2000);
+    assert_eq!(found.dns.unwrap()["nameservers"][0], "fd00::a");
+    // Of two spellings the conventions' is the one that counts.
+    let found = runtime(json!({
+        "portMappings": [{"HostPort": 1, "hostPort": 2, "containerPort": 80}],
+    }));
+    assert_eq!(found.unwrap().ports[0].host_port.get(), 2);
+    let error = runtime(json!({"portMappings": [{"HostPort": 99999, "ContainerPort": 80}]}));
+    assert!(
+        error
+            .unwrap_err()
+            .contains("portMappings[0].hostPort: 99999")
+    );
+}
+
 #[test]
 fn quantities_are_kubernetes_own() {
     for (text, bits) in [

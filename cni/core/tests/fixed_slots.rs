@@ -1,4 +1,4 @@
-//! Slots asked for by number or by range: only free ones, and a fixed address cools like any other.
+//! Slots asked for by number or by range: only free ones, and a fixed address cools like any other, but for whom it was.
 
 #![allow(missing_docs)]
 
@@ -109,6 +109,45 @@ fn a_fixed_slot_is_had_once_and_again_only_after_its_cooldown() {
         allocated(fixed(&mut ipam, "b", FIRST + 9, 40)),
         (FIRST + 9, 2)
     );
+    assert_eq!(ipam.counts(SlotClass::Dual), (1, 0, 63));
+}
+
+/// A container that is started again, or whose network is set up anew, asks for what it had; nobody else can be meant there.
+#[test]
+fn an_attachment_has_its_own_address_back_at_once_and_no_other_one_that_cools() {
+    let mut ipam = ipam();
+    let release = |ipam: &mut Ipam, id: &str, generation: Option<u64>, now: u64| {
+        let key = owner(id).key;
+        ipam.step(Command::Release { key, generation }, at(now))
+            .reply
+    };
+    assert_eq!(allocated(fixed(&mut ipam, "a", FIRST + 9, 0)).1, 1);
+    assert_eq!(allocated(fixed(&mut ipam, "b", FIRST + 8, 0)).1, 2);
+    let _ = release(&mut ipam, "a", None, 1);
+    let _ = release(&mut ipam, "b", None, 1);
+    assert!(matches!(
+        because(fixed(&mut ipam, "a", FIRST + 8, 2)),
+        Unavailable::Cooling(_)
+    ));
+    assert_eq!(
+        allocated(fixed(&mut ipam, "a", FIRST + 9, 2)),
+        (FIRST + 9, 3)
+    );
+    assert_eq!(ipam.counts(SlotClass::Dual), (1, 1, 62));
+    // A DEL that meant the time before comes late.
+    assert_eq!(release(&mut ipam, "a", Some(1), 3), Reply::NothingToRelease);
+    // Its next release cools anew, from then on.
+    let _ = release(&mut ipam, "a", None, 20);
+    assert_eq!(
+        because(fixed(&mut ipam, "b", FIRST + 9, 45)),
+        Unavailable::Cooling(Duration::from_secs(5))
+    );
+    // Without asking for it, it gets another, as anybody.
+    let command = Command::Allocate {
+        owner: owner("a"),
+        class: SlotClass::Dual,
+    };
+    assert_eq!(allocated(ipam.step(command, at(51)).reply).0, FIRST);
     assert_eq!(ipam.counts(SlotClass::Dual), (1, 0, 63));
 }
 

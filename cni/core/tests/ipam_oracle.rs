@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use kun_cni_core::ipam::{
-    BootId, BootTime, Census, Choice, ClusterLook, Command, Effect, Ipam, Key, LoadError, Look,
-    Needs, Owner, Pod, Record, Reply, Rules, SlotState, Snapshot, Unavailable,
+    BootId, BootTime, Census, Choice, Claim, ClusterLook, Command, Effect, Ipam, Key, LoadError,
+    Look, Needs, Owner, Pod, Record, Reply, Rules, SlotState, Snapshot, Unavailable,
 };
 use kun_config::types::{BlockId, Slot, SlotClass};
 use proptest::prelude::*;
@@ -101,6 +101,8 @@ fn owner(i: u8) -> Owner {
 struct Seen {
     generation: u64,
     owner: Option<u8>,
+    /// Who had it last, as long as it cools.
+    last: Option<u8>,
     /// True time of the last release.
     released: Option<Duration>,
     /// Boot clock at the last restart of the timer; `None`: neither cooling nor quarantined.
@@ -196,6 +198,7 @@ impl Oracle {
         let seen = self.slots.entry(slot).or_default();
         *seen = Seen {
             generation: seen.generation,
+            last: seen.owner.or(seen.last),
             released: seen.released,
             cooling: Some(self.clock),
             order: self.order,
@@ -408,6 +411,11 @@ impl World {
                 match (seen.and_then(|s| s.owner), cooling) {
                     (Some(k), _) => Unavailable::Allocated(self::owner(k)),
                     (None, _) if !self.oracle.owned.contains(&slot.block()) => Unavailable::NotOurs,
+                    // It is still the same container that is meant.
+                    (None, Some(_)) if seen.is_some_and(|s| s.last == Some(k)) => {
+                        self.given(k, slot, reply);
+                        return;
+                    }
                     (None, Some(since)) => {
                         let left = (since + COOLDOWN).saturating_sub(self.oracle.clock);
                         let quarantined = seen.is_some_and(|s| s.quarantined);
@@ -426,7 +434,7 @@ impl World {
         assert_eq!(reply, Reply::Unavailable { slot, because });
     }
 
-    /// The slot was free and was asked for, or its turn had come.
+    /// The slot was free and was asked for, or its turn had come; or it was its own, and was asked for.
     fn given(&mut self, k: u8, slot: Slot, reply: Reply) {
         let Reply::Allocated(a) = reply else {
             panic!("{slot} is free: {reply:?}")
@@ -437,22 +445,26 @@ impl World {
         self.oracle.allocations += 1;
         let generation = self.oracle.allocations;
         let seen = self.oracle.slots.entry(slot).or_default();
-        // The rule itself, in true time: nobody gets an address that was released less than a cooldown ago,
-        if let Some(released) = seen.released {
+        let own = seen.cooling.is_some() && seen.last == Some(k);
+        // The rule itself, in true time: nobody gets another's address that was released less than a cooldown ago,
+        if let Some(released) = seen.released.filter(|_| !own) {
             let earliest = released + COOLDOWN;
             assert!(self.oracle.truth >= earliest, "{slot} again too soon");
         }
         // nor one that the network still knows.
-        if self.oracle.needs_evidence {
+        if self.oracle.needs_evidence && !own {
             assert!(
                 !self.oracle.remembered.contains(&slot),
                 "{slot} is remembered"
             );
         }
-        seen.generation = generation;
-        seen.owner = Some(k);
-        seen.cooling = None;
-        seen.order = order;
+        *seen = Seen {
+            generation,
+            owner: Some(k),
+            released: seen.released,
+            order,
+            ..Seen::default()
+        };
         assert_eq!(a.generation, seen.generation);
         let highest = self.highest.entry(slot).or_default();
         assert!(a.generation > *highest, "generations only grow");
@@ -533,6 +545,8 @@ impl World {
                     let seen = self.oracle.slots.get(&slot);
                     if seen.is_none_or(|s| s.owner.is_none()) {
                         self.oracle.start_cooling(slot);
+                        // Another node may have had it meanwhile.
+                        self.oracle.slots.entry(slot).or_default().last = None;
                     }
                 }
             }
@@ -548,7 +562,8 @@ impl World {
         self.oracle.clock = passed;
         let (clock, truth) = (self.oracle.clock, self.oracle.truth);
         for (slot, seen) in &mut self.oracle.slots {
-            if seen.owner.take().is_some() {
+            if let Some(owner) = seen.owner.take() {
+                seen.last = Some(owner);
                 // The pod died with its kernel, at the latest now.
                 seen.released = Some(truth);
                 seen.cooling = Some(clock);
@@ -607,7 +622,7 @@ impl World {
         assert!(
             again.records().eq(self.ipam.records())
                 && again.live().eq(self.ipam.live())
-                && again.blocks().eq(self.ipam.blocks()),
+                && again.claims().eq(self.ipam.claims()),
             "a crash here loses nothing"
         );
         for class in [SlotClass::Dual, SlotClass::V6Only] {
@@ -721,7 +736,7 @@ fn a_store_that_cannot_be_is_refused() {
         store.apply(Effect::PutBoot(BootId(0)));
         store.apply(Effect::PutBlock {
             block: block(0),
-            owned: true,
+            claim: Claim::FIRST,
         });
         for record in records {
             store.apply(Effect::PutSlot(record.clone()));

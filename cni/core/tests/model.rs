@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use kun_cni_core::ipam::{
-    BootId, BootTime, ClusterLook, Command, Effect, Key, Look, Owner, Pod, Reply, SlotState,
+    BootId, BootTime, Claim, ClusterLook, Command, Effect, Key, Look, Owner, Pod, Reply, SlotState,
     Snapshot,
 };
 use kun_config::types::{BlockId, Slot, SlotClass};
@@ -278,7 +278,11 @@ impl World {
         self.kill_pods(0);
         self.nodes[0].fenced = true;
         // The claim's epoch says that it had an owner.
-        self.whole(1, Command::SetClaims(BTreeMap::from([(block(), true)])));
+        let claim = Claim {
+            epoch: 2,
+            ..Claim::FIRST
+        };
+        self.whole(1, Command::SetClaims(BTreeMap::from([(block(), claim)])));
     }
 }
 
@@ -351,7 +355,7 @@ impl Model for Histories {
             let mut store = Snapshot::default();
             let zero = BootTime::default();
             let (mut subject, effects) = Subject::load(self.mutant, store.clone(), BootId(0), zero);
-            let claims = blocks.iter().map(|block| (*block, false)).collect();
+            let claims = blocks.iter().map(|block| (*block, Claim::FIRST)).collect();
             let set = Command::SetClaims(claims);
             // A mutant that stores late stores these with its first command.
             let (_, transactions) = subject.step(set, zero, &BTreeSet::new());

@@ -40,11 +40,16 @@ impl Node {
         std::fs::create_dir(dir.path().join("manifests")).unwrap();
         std::fs::write(&config, text).unwrap();
         let node = Self { netns, dir, config };
+        node.give_blocks();
+        node
+    }
+
+    /// One block of each class, as the agent is told of them.
+    pub(crate) fn give_blocks(&self) {
         let blocks = [DUAL, V6_ONLY].map(|first| {
             BlockId::new(Slot::from(std::net::Ipv4Addr::from(first))).expect("aligned")
         });
-        node.service().set_blocks(&blocks, clock::now()).unwrap();
-        node
+        self.service().set_blocks(&blocks, clock::now()).unwrap();
     }
 
     pub(crate) fn state_dir(&self) -> PathBuf {

@@ -87,6 +87,13 @@ pub(super) fn read(f: Fields<'_, '_>) -> (Ipam, Vec<Placed>) {
             Duration::from_secs(60),
             Duration::from_secs(30 * 86_400),
         ),
+        return_blocks_after: super::duration(
+            &f,
+            "returnBlocksAfter",
+            Duration::from_secs(1800),
+            Duration::from_secs(1),
+            Duration::from_secs(30 * 86_400),
+        ),
         // 1280: RFC 8200 §5. 65535: a veth's limit.
         mtu: f.get("mtu").and_then(|c| c.count(1280, 65_535)),
     };

@@ -32,7 +32,7 @@ impl ClusterView {
     pub fn apply(&mut self, event: &Event) -> bool {
         let changed = match event {
             Event::Synced => !std::mem::replace(&mut self.synced, true),
-            Event::Trouble(_) | Event::Partial | Event::Whole => false,
+            Event::Trouble(_) | Event::Partial | Event::Whole | Event::Reached(..) => false,
             Event::Deltas(deltas) => deltas
                 .iter()
                 .fold(false, |changed, d| self.delta(d) | changed),

@@ -11,7 +11,7 @@ use kun_ebpf_abi::bandwidth::{Bucket, Limits, Terms};
 
 use crate::Error;
 use crate::features::Features;
-use crate::object::{Adopted, Direction, Object, Order};
+use crate::object::{Adopted, Direction, Object, Order, remove_filters};
 use crate::pins::{MapSpec, Pins};
 use crate::sys::{self, Mapped, Ran, map_flag, map_type};
 
@@ -111,8 +111,9 @@ impl BandwidthDataplane {
         ))
     }
 
-    /// Removes what any agent of this ABI has pinned below `bpffs_root`: no limit holds any more.
-    pub fn remove(bpffs_root: &Path) -> Result<(), Error> {
+    /// Removes what any agent of this ABI has pinned below `bpffs_root` and put on these interfaces: no limit holds any more.
+    pub fn remove(bpffs_root: &Path, interfaces: &[String]) -> Result<(), Error> {
+        remove_filters(interfaces, &PROGRAMS);
         Pins::remove(bpffs_root, OBJECT)
     }
 
@@ -186,11 +187,7 @@ impl BandwidthDataplane {
 
     /// Puts the programs on an interface of the current network namespace.
     pub fn attach(&mut self, interface: &str) -> Result<(), Error> {
-        for (program, direction) in PROGRAMS {
-            self.object
-                .attach_interface(program, interface, direction)?;
-        }
-        Ok(())
+        self.object.attach_passing(interface, &PROGRAMS)
     }
 
     /// Takes the programs off an interface, whether it still exists or not.

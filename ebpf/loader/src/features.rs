@@ -94,7 +94,7 @@ impl Features {
             missing.push(Missing {
                 feature: "tcx",
                 since: "6.6",
-                cost: "clsact filters instead; they have no links, so a foreign `tc qdisc del` takes them away",
+                cost: "clsact filters on the uplinks too; they have no links, so a foreign `tc qdisc del` takes them away",
             });
         }
         if !self.set_retval {

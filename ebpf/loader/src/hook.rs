@@ -60,9 +60,11 @@ pub(crate) fn attach(
             Err(_) => {}
         }
     }
-    clsact(program, interface, direction).map_err(|source| HookError::Attach {
-        interface: interface.to_owned(),
-        source,
+    clsact(program, interface, direction, PRIORITY, HANDLE).map_err(|source| {
+        HookError::Attach {
+            interface: interface.to_owned(),
+            source,
+        }
     })?;
     Ok(Mechanism::Clsact)
 }
@@ -127,27 +129,28 @@ fn tcx(
     Ok(())
 }
 
-fn clsact(
+/// Makes or replaces the clsact filter of this priority and handle. It stays when this process goes, until the interface does.
+pub(crate) fn clsact(
     program: &mut SchedClassifier,
     interface: &str,
     direction: TcAttachType,
+    priority: u16,
+    handle: TcHandle,
 ) -> Result<(), ProgramError> {
     match qdisc_add_clsact(interface) {
         Ok(()) => {}
         Err(e) if exists(&e) => {}
         Err(e) => return Err(e.into()),
     }
-    let options = || {
-        TcAttachOptions::Netlink(NlOptions {
-            priority: PRIORITY,
-            handle: HANDLE,
-            classid: None,
-        })
-    };
-    let id = match program.attach_with_options(interface, direction, options()) {
+    let options = TcAttachOptions::Netlink(NlOptions {
+        priority,
+        handle,
+        classid: None,
+    });
+    let id = match program.attach_with_options(interface, direction, options) {
         Ok(id) => id,
         Err(ProgramError::TcError(e)) if exists(&e) => {
-            let old = SchedClassifierLink::attached(interface, direction, PRIORITY, HANDLE, None)
+            let old = SchedClassifierLink::attached(interface, direction, priority, handle, None)
                 .map_err(TcError::IoError)?;
             program.attach_to_link(old)?
         }

@@ -1,21 +1,24 @@
 //! One BPF object in the kernel: maps made or adopted by pin, programs loaded, links made, kept and swapped.
 //!
 //! Everything is pinned, so nothing detaches when the agent ends; the next one finds the links and puts its own programs into
-//! them, one atomic exchange each. Where the kernel has no tcx (< 6.6) a clsact filter of fixed priority and handle takes the
-//! link's place: it outlives the agent as well, and is replaced in place.
+//! them, one atomic exchange each. A clsact filter of fixed priority and handle outlives the agent as well, and is replaced in place.
+//!
+//! Interfaces that are there for good, the uplinks, have tcx links, which nobody can take away by mistake; where the kernel has no
+//! tcx (< 6.6), filters. Pods' interfaces have filters: making a tcx link waits for an RCU grace period under the lock that every
+//! interface and route of the node needs (`tcx_entry_sync`), 10 to 70 ms each, and a pod has four.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
+use aya::programs::tc::TcHandle;
 use aya::programs::{Program, ProgramError, SchedClassifier, TcAttachType, tc};
 use aya::{Ebpf, EbpfLoader, GlobalData};
 
 use crate::features::Features;
 use crate::pins::{KeptCapacity, MapSpec, Pins};
-use crate::{Error, sys};
+use crate::{Error, hook, sys};
 
 /// Where in an interface's chain of programs an object's are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -248,7 +251,7 @@ impl Object {
         sys::obj_pin(link.as_fd(), &pin).map_err(fault)
     }
 
-    /// Attaches a program to an interface of the current network namespace, unless its link is there already.
+    /// Attaches a program to an interface that is there for good, of the current network namespace, unless its link is there already.
     pub(crate) fn attach_interface(
         &mut self,
         program: &str,
@@ -262,7 +265,7 @@ impl Object {
         };
         let index = sys::interface_index(interface).map_err(fault)?;
         if !self.features.tcx {
-            return self.attach_clsact(program, interface, direction);
+            return self.filter(program, interface, direction);
         }
         let pin = self.pins.link(program, Some(interface));
         if let Some(link) = sys::obj_get(&pin).map_err(fault)? {
@@ -278,7 +281,21 @@ impl Object {
         sys::obj_pin(link.as_fd(), &pin).map_err(fault)
     }
 
-    fn attach_clsact(
+    /// Attaches programs to an interface that comes and goes with a pod.
+    pub(crate) fn attach_passing(
+        &mut self,
+        interface: &str,
+        programs: &[(&str, Direction)],
+    ) -> Result<(), Error> {
+        for (program, direction) in programs {
+            self.filter(program, interface, *direction)?;
+            // An earlier version of ours made links everywhere. Twice over a packet does no harm meanwhile: it is translated already.
+            unpin(&self.pins.link(program, Some(interface)))?;
+        }
+        Ok(())
+    }
+
+    fn filter(
         &mut self,
         program: &str,
         interface: &str,
@@ -294,34 +311,12 @@ impl Object {
             kind: "program",
             name: program.to_owned(),
         };
-        // An existing one is not a fault; any other shows when the filter is made.
-        let _ = tc::qdisc_add_clsact(interface);
         let Some(classifier) = self.ebpf.program_mut(program) else {
             return Err(absent);
         };
         let classifier: &mut SchedClassifier = classifier.try_into().map_err(fault)?;
-        let handle = TcHandle::new(0, 1);
-        let priority = self.order.clsact_priority();
-        let held =
-            SchedClassifierLink::attached(interface, direction.clsact(), priority, handle, None)
-                .map_err(|e| fault(TcError::IoError(e).into()))?;
-        let id = match classifier.attach_to_link(held) {
-            Ok(id) => id,
-            Err(_) => classifier
-                .attach_with_options(
-                    interface,
-                    direction.clsact(),
-                    TcAttachOptions::Netlink(NlOptions {
-                        priority,
-                        handle,
-                        classid: None,
-                    }),
-                )
-                .map_err(fault)?,
-        };
-        // Dropping it would detach the filter, which is to outlive us.
-        std::mem::forget(classifier.take_link(id).map_err(fault)?);
-        Ok(())
+        let (priority, handle) = (self.order.clsact_priority(), TcHandle::new(0, 1));
+        hook::clsact(classifier, interface, direction.clsact(), priority, handle).map_err(fault)
     }
 
     /// Detaches every program from an interface; one that is gone took its programs along.
@@ -331,14 +326,21 @@ impl Object {
         programs: &[(&str, Direction)],
     ) -> Result<(), Error> {
         for (program, direction) in programs {
-            if self.features.tcx {
-                unpin(&self.pins.link(program, Some(interface)))?;
-            } else {
-                // Not there, or no such interface: nothing to detach.
-                let _ = tc::qdisc_detach_program(interface, direction.clsact(), program);
-            }
+            unpin(&self.pins.link(program, Some(interface)))?;
+            // Not there, or no such interface: nothing to detach.
+            let _ = tc::qdisc_detach_program(interface, direction.clsact(), program);
         }
         Ok(())
+    }
+}
+
+/// Removes an object's filters, known by their programs' names, from these interfaces of the current network namespace.
+pub(crate) fn remove_filters(interfaces: &[String], programs: &[(&str, Direction)]) {
+    for interface in interfaces {
+        for (program, direction) in programs {
+            // Not there, or the interface is gone: nothing to remove.
+            let _ = tc::qdisc_detach_program(interface, direction.clsact(), program);
+        }
     }
 }
 

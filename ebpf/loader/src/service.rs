@@ -7,7 +7,7 @@ use kun_ebpf_abi::reason::Reason;
 
 use crate::features::{Features, Missing};
 use crate::maps::{ServiceMaps, specs};
-use crate::object::{Adopted, Direction, Object, Order};
+use crate::object::{Adopted, Direction, Object, Order, remove_filters};
 use crate::pins::Pins;
 use crate::sys::{self, Ran, attach_type};
 use crate::{Error, REASONS_MAP};
@@ -142,8 +142,10 @@ impl ServiceDataplane {
         ))
     }
 
-    /// Removes what any agent of this ABI has pinned below `bpffs_root`: programs detach, maps are freed.
-    pub fn remove(bpffs_root: &Path) -> Result<(), Error> {
+    /// Removes what any agent of this ABI has pinned below `bpffs_root` and put on these interfaces: programs detach, maps are freed.
+    pub fn remove(bpffs_root: &Path, interfaces: &[String]) -> Result<(), Error> {
+        remove_filters(interfaces, &POD);
+        remove_filters(interfaces, &UPLINK);
         Pins::remove(bpffs_root, OBJECT)
     }
 
@@ -163,11 +165,7 @@ impl ServiceDataplane {
 
     /// Serves a pod's packets; `interface` is the node's end of its veth pair, in the current network namespace.
     pub fn attach_pod(&mut self, interface: &str) -> Result<(), Error> {
-        for (program, direction) in POD {
-            self.object
-                .attach_interface(program, interface, direction)?;
-        }
-        Ok(())
+        self.object.attach_passing(interface, &POD)
     }
 
     /// Serves packets from outside.

@@ -648,7 +648,7 @@ fn foreign_pins_and_missing_bpffs_are_named() {
         ..nowhere
     };
     drop(ServiceDataplane::open(&made).unwrap());
-    ServiceDataplane::remove(&made.bpffs_root).unwrap();
+    ServiceDataplane::remove(&made.bpffs_root, &[]).unwrap();
     let left = made.bpffs_root.join("v1").exists();
     rustix::mount::unmount(&made.bpffs_root, rustix::mount::UnmountFlags::DETACH).unwrap();
     assert!(!left, "nothing of ours is left");

@@ -185,8 +185,8 @@ impl Planner {
             Event::Partial => self.hold_adopted(),
             Event::Synced => self.synced = true,
             Event::Whole => self.let_go(),
-            // What was told before stays good.
-            Event::Trouble(_) => {}
+            // What was told before stays good. Which revision it is decides nothing here.
+            Event::Trouble(_) | Event::Reached(..) => {}
         }
     }
 

@@ -12,12 +12,13 @@ use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 
 use kun_cluster::Store;
-use kun_cni::ipam::{BootTime, ClusterLook, Look, Unforgotten};
+use kun_cni::ipam::{BootTime, ClusterLook, Look, Revision, Unforgotten};
 use kun_cni::look::{self, Leak, Sight, Watch, addresses};
 use kun_config::types::PodPrefix;
 use kun_control::{AttachmentKey, Request, Response};
 
 use super::answers::Answers;
+use super::cluster::Between;
 use super::flows::Flows;
 
 /// Lines that are kept of one address.
@@ -31,12 +32,14 @@ pub(crate) struct Leaks {
 }
 
 /// What one round did.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Round {
     /// Slots and interfaces that were reclaimed.
     pub(crate) reclaimed: u64,
     /// Interfaces of pods that are gone and that are still there.
     pub(crate) not_reclaimed: u64,
+    /// Of these, the ones that could not be removed: name, and why.
+    pub(crate) left: Vec<String>,
 }
 
 impl Leaks {
@@ -69,7 +72,10 @@ impl Leaks {
             .ok()?;
         let mut round = Round::default();
         for leak in leaks {
-            round.reclaimed += u64::from(reclaim(answers, &leak));
+            match reclaim(answers, &leak) {
+                Ok(done) => round.reclaimed += u64::from(done),
+                Err(left) => round.left.push(left),
+            }
         }
         round.not_reclaimed = u64::try_from(watch.suspected_interfaces()).unwrap_or(u64::MAX);
         Some(round)
@@ -88,10 +94,14 @@ fn observe(
     }
     let prefix = answers.ipam.prefix();
     let known = known(released, sight, flows, prefix);
-    let cluster = answers
-        .view
-        .whole()
-        .then(|| holders(&answers.view.store(), released, prefix));
+    let cluster = answers.view.whole().then(|| {
+        let store = answers.view.store();
+        let all = released
+            .iter()
+            .flat_map(|slot| addresses(slot.slot, prefix));
+        let between = answers.view.between_looks(&store, all);
+        (holders(&store, released, prefix), between)
+    });
     let looks = released
         .iter()
         .zip(known)
@@ -99,18 +109,14 @@ fn observe(
             slot: slot.slot,
             sequence: slot.sequence,
             node: Some(known),
-            cluster: cluster.as_ref().map(|holders| ClusterLook {
-                held: addresses(slot.slot, prefix)
-                    .iter()
-                    .filter_map(|address| holders.get(address))
-                    .flatten()
-                    .cloned()
-                    .collect(),
-                revision: None,
+            cluster: cluster.as_ref().map(|(holders, between)| ClusterLook {
+                held: held(&addresses(slot.slot, prefix), holders, between),
+                revision: between.revision.map(Revision),
             }),
         })
         .collect();
-    if let Err(error) = answers.ipam.observe(looks, None, now) {
+    let watermark = answers.watermark.as_ref().and_then(|w| w.believed());
+    if let Err(error) = answers.ipam.observe(looks, watermark, now) {
         tracing::warn!(%error, "what was seen of cooling addresses cannot be stored");
     }
 }
@@ -139,6 +145,25 @@ fn known(
         known.iter_mut().for_each(|lines| lines.push(what.clone()));
     }
     known
+}
+
+/// What holds one of these addresses, or has since the last look.
+fn held(
+    addresses: &[IpAddr],
+    holders: &HashMap<IpAddr, Vec<String>>,
+    between: &Between,
+) -> Vec<String> {
+    let objects = addresses.iter().filter_map(|a| holders.get(a));
+    let mut held: Vec<String> = objects.flatten().cloned().collect();
+    let touched = addresses.iter().filter(|a| between.touched.contains(a));
+    held.extend(touched.map(|a| format!("an EndpointSlice had {a} since the last look")));
+    if between.listed_anew {
+        held.push(
+            "EndpointSlices were listed anew since the last look: what was between is not known"
+                .to_owned(),
+        );
+    }
+    held
 }
 
 /// The objects that hold one of these slots' addresses, one line each. One walk over all endpoints: 5 ms at 100,000 of them.
@@ -175,7 +200,8 @@ fn holders(
     holders
 }
 
-fn reclaim(answers: &Answers, leak: &Leak) -> bool {
+/// Whether something was reclaimed; an error is an interface that stays, and why.
+fn reclaim(answers: &Answers, leak: &Leak) -> Result<bool, String> {
     match leak {
         Leak::Slot {
             slot,
@@ -192,7 +218,7 @@ fn reclaim(answers: &Answers, leak: &Leak) -> bool {
             };
             let done = answers.answer(&release) == Response::Done;
             tracing::info!(%slot, generation, container = key.container_id, done, "a slot whose pod has no interface any more is let go");
-            done
+            Ok(done)
         }
         Leak::Interface {
             index,
@@ -207,11 +233,11 @@ fn reclaim(answers: &Answers, leak: &Leak) -> bool {
                     container = key.container_id,
                     "an interface of a pod that is gone is removed"
                 );
-                true
+                Ok(true)
             }
             Err(error) => {
                 tracing::warn!(interface = name, %error, "the interface of a pod that is gone stays");
-                false
+                Err(format!("{name}: {error}"))
             }
         },
     }

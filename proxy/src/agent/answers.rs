@@ -17,10 +17,13 @@ use kun_proxy_core::{Question, Reason};
 use super::addresses::Leaks;
 use super::announce::Announcer;
 use super::attachments::Attachment;
-use super::cluster::{Blocks, View};
+use super::blocks::Blocks;
+use super::cluster::View;
+use super::condition::Left;
 use super::dataplane::{Message, Report, fact};
 use super::node;
 use super::records::{Record, Records};
+use super::watermark::Watermarks;
 
 /// How long the dataplane may take: it looks at its queue between the changes of a few Services, and a grace period takes 13 ms.
 const DATAPLANE_WITHIN: Duration = Duration::from_secs(10);
@@ -39,6 +42,10 @@ pub(crate) struct Answers {
     pub(crate) kernel: Vec<Fact>,
     pub(crate) programmed: Arc<AtomicBool>,
     pub(crate) leaks: Leaks,
+    /// Where the cluster is read from an API server.
+    pub(crate) watermark: Option<Watermarks>,
+    /// What the node's condition says.
+    pub(crate) left: Left,
 }
 
 impl Answers {
@@ -65,16 +72,48 @@ impl Answers {
                 destination,
                 port,
             } => self.why(protocol, *source, *destination, *port),
-            Request::Allocate { .. }
-            | Request::Lookup { .. }
-            | Request::Capacity { .. }
-            | Request::Ipam => self.ipam.handle(request, clock::now()),
+            Request::Allocate { .. } => self.allocate(request),
+            Request::Lookup { .. } => self.ipam.handle(request, clock::now()),
+            Request::Capacity { class } => {
+                let class = class.or_else(|| self.class(""));
+                self.ipam.handle(&Request::Capacity { class }, clock::now())
+            }
+            Request::Ipam => self.ipam_rows(request),
             Request::Free {
                 slot,
                 generation,
                 forced,
             } => self.free(*slot, *generation, *forced),
         }
+    }
+
+    /// Whoever gets nothing hears what became of the wish for more.
+    fn allocate(&self, request: &Request) -> Response {
+        let mut request = request.clone();
+        if let Request::Allocate { class, pod, .. } = &mut request {
+            *class = class.or_else(|| self.class(&pod.namespace));
+        }
+        let mut response = self.ipam.handle(&request, clock::now());
+        if let Response::Exhausted { exhausted } = &mut response {
+            self.blocks.poke();
+            exhausted.more = self.blocks.more(exhausted.class, clock::now());
+        }
+        response
+    }
+
+    /// What a pod of this namespace gets that does not say; `None`: kun.yaml decides.
+    fn class(&self, namespace: &str) -> Option<SlotClass> {
+        self.view.class(&self.config.node.name, namespace)
+    }
+
+    fn ipam_rows(&self, request: &Request) -> Response {
+        let mut response = self.ipam.handle(request, clock::now());
+        if let Response::Ipam { pools, .. } = &mut response {
+            for pool in pools {
+                pool.wanted = self.blocks.counted(pool.class).wanted;
+            }
+        }
+        response
     }
 
     /// Whether the first synced plan is in the kernel.
@@ -222,7 +261,7 @@ impl Answers {
                     false => format!("{} carries it", carrying.join(", ")),
                 };
                 return failed(format!(
-                    "{slot} is pod {}/{}'s, container {}: {what}; delete the pod, or force it",
+                    "{slot} is pod {}/{}'s, container {}: {what}; delete the pod, or give --force",
                     allocation.pod.namespace, allocation.pod.name, allocation.key.container_id
                 ));
             }
@@ -405,6 +444,7 @@ impl Answers {
                 ));
             }
         }
+        facts.extend(self.watermark.iter().flat_map(Watermarks::facts));
         facts.extend(
             self.blocks
                 .trouble()

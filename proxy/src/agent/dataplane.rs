@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use kun_bgp::Datapath;
-use kun_cluster::Event;
+use kun_cluster::{Event, Reached};
 use kun_cni::clock;
 use kun_config::Config;
 use kun_control::{AttachmentKey, Fact};
@@ -24,7 +24,11 @@ use super::attachments::{Attachment, Attachments};
 use super::limits::Limiter;
 use super::metrics::Metrics;
 use super::translator::Translator;
+use super::watermark::Applied;
 use super::{links, node, sockets};
+
+mod interfaces;
+mod report;
 
 /// Messages that may wait. The cluster source then waits too; nothing is lost.
 pub(crate) const QUEUE: usize = 1024;
@@ -35,7 +39,7 @@ const SERVICES_A_TURN: usize = 64;
 /// How often counters are read and interfaces looked after.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How often the flow table is swept: a fraction of any sensible idle time.
+/// How often the flow table is swept, a fraction of any sensible idle time, and pods' filters are looked for.
 const EXPIRE_EVERY: Duration = Duration::from_secs(15);
 
 /// Under which a complaint about sockets is remembered: no interface has such a name.
@@ -123,6 +127,9 @@ pub(crate) struct Dataplane {
     uplinks: BTreeMap<String, u32>,
     complaints: BTreeMap<String, String>,
     programmed: Arc<AtomicBool>,
+    /// The revision that was taken in last; what came before it may still be planned.
+    reached: Option<Reached>,
+    applied: Arc<Applied>,
     batch: Option<Batch>,
     synced_once: bool,
     failing: Option<Failing>,
@@ -167,6 +174,8 @@ impl Dataplane {
             uplinks: BTreeMap::new(),
             complaints: BTreeMap::new(),
             programmed: Arc::default(),
+            reached: None,
+            applied: Arc::default(),
             batch: None,
             synced_once: false,
             failing: None,
@@ -177,6 +186,11 @@ impl Dataplane {
     /// Set once the first synced plan is in the kernel.
     pub(crate) fn programmed(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.programmed)
+    }
+
+    /// Which revision of the EndpointSlices the maps hold.
+    pub(crate) fn applied(&self) -> Arc<Applied> {
+        Arc::clone(&self.applied)
     }
 
     /// Does all that an attachment asks for, or nothing of its limits and host ports. What it had before is replaced.
@@ -308,70 +322,6 @@ impl Dataplane {
         missing
     }
 
-    /// Links the programs to a pod's host interface, unless it carries them already.
-    pub(crate) fn attach_pod(&mut self, interface: &str) -> Result<(), String> {
-        let Some(index) = node::interface_index(interface) else {
-            return Err(format!("{interface}: there is no such interface"));
-        };
-        if self.pods.get(interface) == Some(&index) {
-            return Ok(());
-        }
-        if self.pods.remove(interface).is_some() {
-            self.detach(interface);
-        }
-        self.backend()
-            .attach_pod(interface)
-            .map_err(|e| format!("{interface}: {e}"))?;
-        self.pods.insert(interface.to_owned(), index);
-        Ok(())
-    }
-
-    /// Links the programs to the uplinks that are there and do not carry them yet.
-    pub(crate) fn attach_uplinks(&mut self) {
-        for name in node::uplinks(self.config.node.uplink.as_deref()) {
-            let Some(index) = node::interface_index(&name) else {
-                continue;
-            };
-            if self.uplinks.get(&name) == Some(&index) {
-                continue;
-            }
-            if self.uplinks.remove(&name).is_some() {
-                self.detach(&name);
-            }
-            match self.attach_uplink(&name) {
-                Ok(()) => {
-                    tracing::info!(uplink = name, "attached");
-                    self.uplinks.insert(name.clone(), index);
-                    self.complaints.remove(&name);
-                }
-                // Tried again every second: said once.
-                Err(error) => {
-                    if self.complaints.get(&name) != Some(&error) {
-                        tracing::error!(uplink = name, "cannot attach: {error}; trying again");
-                    }
-                    self.complaints.insert(name, error);
-                }
-            }
-        }
-        self.publish_facts();
-    }
-
-    fn attach_uplink(&mut self, name: &str) -> Result<(), String> {
-        self.backend()
-            .attach_uplink(name)
-            .map_err(|e| e.to_string())?;
-        if let Some(translator) = &mut self.translator {
-            translator.attach(name).map_err(|e| e.to_string())?;
-        }
-        Ok(())
-    }
-
-    fn detach(&mut self, interface: &str) {
-        if let Err(error) = self.backend().detach(interface) {
-            tracing::warn!(interface, %error, "cannot detach");
-        }
-    }
-
     fn backend(&mut self) -> &mut EbpfBackend {
         self.proxy.backend()
     }
@@ -411,6 +361,7 @@ impl Dataplane {
             if now >= next_expiry && !self.busy() {
                 next_expiry = now + EXPIRE_EVERY;
                 self.expire();
+                self.heal_pods();
             }
         }
     }
@@ -429,6 +380,7 @@ impl Dataplane {
 
     fn on_message(&mut self, message: Message) {
         match message {
+            Message::Cluster(Event::Reached(_, reached)) => self.reach(reached),
             Message::Cluster(event) => {
                 self.proxy.on_event(&event);
                 if self.proxy.planner().synced() {
@@ -475,6 +427,22 @@ impl Dataplane {
             }
             Message::Stop => {}
         }
+    }
+
+    /// A revision was taken in: everything before it came through the same queue.
+    fn reach(&mut self, reached: Option<Reached>) {
+        self.reached = reached;
+        // What it takes back is taken back at once, also while ops fail.
+        if reached.is_none() || self.batch.is_none() {
+            self.tell_applied();
+        }
+    }
+
+    /// Called when nothing that was taken in is left to plan and no op has failed. While adopted state is held that no object
+    /// explains, it may be what a slice that nobody could read has long given up.
+    fn tell_applied(&self) {
+        let whole = self.synced_once && !self.proxy.planner().partial();
+        self.applied.set(self.reached.filter(|_| whole));
     }
 
     fn advance(&mut self) {
@@ -550,6 +518,7 @@ impl Dataplane {
         for (service, problem) in self.proxy.planner().problems().take(PROBLEMS_NAMED) {
             tracing::warn!(%service, "not served as written: {problem}");
         }
+        self.tell_applied();
         self.publish_facts();
     }
 
@@ -624,84 +593,6 @@ impl Dataplane {
             tracing::warn!(%error, "idle sessions cannot be expired");
         }
     }
-
-    fn report(&mut self) -> Report {
-        let totals = self.proxy.planner().totals();
-        let limits = self.backend().limits();
-        let state = match (&self.failing, self.synced_once) {
-            (Some(failing), _) => fact("state", format!("failing: {}", failing.what), false),
-            (None, false) => fact("state", "waiting for the cluster".into(), false),
-            (None, true) => fact("state", "programmed".into(), true),
-        };
-        let part = |used: u32, of: u32| format!("{used} of {of}");
-        let mut proxy = vec![
-            state,
-            fact("adopted", yes(self.adopted).into(), true),
-            fact(
-                "frontends",
-                part(totals.frontends as u32, limits.services),
-                true,
-            ),
-            fact("backends", part(totals.backends, limits.backends), true),
-            fact("slots", part(totals.slots, limits.slots), true),
-            fact("interfaces", format!("{} of pods", self.pods.len()), true),
-            fact(
-                "uplinks",
-                if self.uplinks.is_empty() {
-                    "none: no default route yet".into()
-                } else {
-                    self.uplinks.keys().cloned().collect::<Vec<_>>().join(", ")
-                },
-                !self.uplinks.is_empty(),
-            ),
-        ];
-        proxy.extend(self.limiter.facts());
-        if self.attachments.ports() > 0 {
-            let count = self.attachments.ports().to_string();
-            proxy.push(fact("host ports", count, true));
-        }
-        if self.proxy.planner().partial() {
-            proxy.push(fact(
-                "held",
-                format!(
-                    "{} frontends, {} backends in no readable manifest, until all can be read",
-                    totals.held_frontends, totals.held_backends
-                ),
-                false,
-            ));
-        }
-        if let Some(took) = self.last_batch {
-            proxy.push(fact(
-                "last sync",
-                format!("{:.1} ms", took.as_secs_f64() * 1e3),
-                true,
-            ));
-        }
-        let problems: Vec<(String, Problem)> = self
-            .proxy
-            .planner()
-            .problems()
-            .take(PROBLEMS_NAMED)
-            .map(|(name, problem)| (name.to_string(), problem.clone()))
-            .collect();
-        for (name, problem) in problems {
-            proxy.push(fact(&format!("problem {name}"), problem.to_string(), false));
-        }
-        if let Ok(reasons) = self.backend().reasons() {
-            for (reason, count) in reasons.into_iter().filter(|(_, n)| *n > 0) {
-                proxy.push(fact(
-                    &format!("drops {}", reason.label()),
-                    count.to_string(),
-                    true,
-                ));
-            }
-        }
-        let nat64 = self
-            .translator
-            .as_ref()
-            .map_or_else(Vec::new, Translator::facts);
-        Report { proxy, nat64 }
-    }
 }
 
 /// One line of a status.
@@ -711,8 +602,4 @@ pub(crate) fn fact(name: &str, value: String, ok: bool) -> Fact {
         value,
         ok,
     }
-}
-
-fn yes(b: bool) -> &'static str {
-    if b { "yes" } else { "no" }
 }

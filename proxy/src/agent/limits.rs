@@ -56,9 +56,9 @@ impl Limiter {
         })
     }
 
-    /// Detaches and frees what any agent pinned there.
-    pub(crate) fn remove_all(config: &Config) -> Result<(), Error> {
-        BandwidthDataplane::remove(&config.agent.bpffs_root)
+    /// Detaches and frees what any agent pinned there, and put on these interfaces.
+    pub(crate) fn remove_all(config: &Config, interfaces: &[String]) -> Result<(), Error> {
+        BandwidthDataplane::remove(&config.agent.bpffs_root, interfaces)
     }
 
     /// Holds a pod to its limits, on those of its interfaces that there are. None: as [`Limiter::remove`].
@@ -106,6 +106,15 @@ impl Limiter {
         };
         self.owners.insert(key.clone(), owner);
         Ok(())
+    }
+
+    /// Puts the programs back on an interface that lost them, if it is limited.
+    pub(crate) fn attach_again(&mut self, interface: &str) -> Result<(), String> {
+        let limited = (self.owners.values()).any(|o| o.interfaces.iter().any(|i| i == interface));
+        match limited {
+            true => self.dataplane.attach(interface).map_err(|e| e.to_string()),
+            false => Ok(()),
+        }
     }
 
     /// The attachment is gone.

@@ -1,5 +1,6 @@
 //! What the agent asks the kernel about interfaces: the node's own addresses, and a queue that keeps departure times.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 
@@ -39,6 +40,40 @@ pub(super) fn addresses() -> Result<Vec<IpAddr>, RouteError> {
         found.truncate(MAX_ADDRESSES);
     }
     Ok(found)
+}
+
+/// The interfaces of this namespace that have a clsact queueing discipline, where filters are, by index: one dump of all.
+pub(super) fn with_filters() -> Result<BTreeSet<u32>, RouteError> {
+    let mut netlink = Netlink::open()?;
+    let mut found = BTreeSet::new();
+    netlink.send(
+        RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()),
+        NLM_F_REQUEST | NLM_F_DUMP,
+    )?;
+    netlink.receive(|answer| {
+        if let RouteNetlinkMessage::NewQueueDiscipline(message) = answer
+            && (message.attributes.iter())
+                .any(|a| matches!(a, TcAttribute::Kind(kind) if kind == "clsact"))
+        {
+            found.insert(message.header.index.cast_unsigned());
+        }
+    })??;
+    Ok(found)
+}
+
+/// The same, by name.
+pub(super) fn named_with_filters() -> Result<Vec<String>, RouteError> {
+    let indices = with_filters()?;
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::DGRAM,
+        None,
+    )
+    .map_err(io::Error::from)?;
+    // One that went meanwhile has no name.
+    Ok((indices.iter())
+        .filter_map(|&index| rustix::net::netdevice::index_to_name(&socket, index).ok())
+        .collect())
 }
 
 fn usable(message: &AddressMessage) -> Option<IpAddr> {

@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 
 use super::addresses::Round;
+use super::blocks::Counted;
 use super::limits::Dropped;
 
 /// From a tenth of a millisecond, one endpoint's change, to 13 s, a cold start on a busy node.
@@ -27,6 +28,17 @@ struct ReasonLabel {
 struct SlotLabels {
     class: &'static str,
     state: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BlockLabels {
+    class: &'static str,
+    standing: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ClassLabel {
+    class: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -70,10 +82,16 @@ pub(crate) struct Metrics {
     expired: Counter,
     flows: Gauge,
     slots_by_state: Family<SlotLabels, Gauge>,
+    blocks_by_standing: Family<BlockLabels, Gauge>,
+    blocks_wanted: Family<ClassLabel, Gauge>,
     leaks_reclaimed: Counter,
     nics_not_reclaimed: Gauge,
     objects: Family<KindLabel, Gauge>,
     synced: Gauge,
+    applied_revision: Gauge,
+    watermark: Gauge,
+    published: Counter,
+    publish_failures: Counter,
     nat64: Family<ReasonLabel, Gauge>,
 }
 
@@ -103,10 +121,16 @@ impl Metrics {
             expired: Counter::default(),
             flows: Gauge::default(),
             slots_by_state: Family::default(),
+            blocks_by_standing: Family::default(),
+            blocks_wanted: Family::default(),
             leaks_reclaimed: Counter::default(),
             nics_not_reclaimed: Gauge::default(),
             objects: Family::default(),
             synced: Gauge::default(),
+            applied_revision: Gauge::default(),
+            watermark: Gauge::default(),
+            published: Counter::default(),
+            publish_failures: Counter::default(),
             nat64: Family::default(),
         };
         let m = metrics.clone();
@@ -175,6 +199,16 @@ impl Metrics {
             m.slots_by_state,
         );
         registry.register(
+            "kun_ipam_blocks",
+            "Blocks of this node, by class and standing",
+            m.blocks_by_standing,
+        );
+        registry.register(
+            "kun_ipam_blocks_wanted",
+            "Blocks that this node wants to have in all, by class; more than it has: another is asked for",
+            m.blocks_wanted,
+        );
+        registry.register(
             "kun_ipam_leaks_reclaimed",
             "Slots and interfaces of pods that are gone, reclaimed by the agent itself",
             m.leaks_reclaimed,
@@ -189,6 +223,26 @@ impl Metrics {
             "kun_cluster_synced",
             "1 once the first snapshot of the cluster is complete",
             m.synced,
+        );
+        registry.register(
+            "kun_watermark_applied_revision",
+            "Revision of the EndpointSlices that this node's dataplane holds; 0: not known",
+            m.applied_revision,
+        );
+        registry.register(
+            "kun_watermark_revision",
+            "Revision that all nodes have applied; 0: not known",
+            m.watermark,
+        );
+        registry.register(
+            "kun_watermark_published",
+            "Revisions that this node has published",
+            m.published,
+        );
+        registry.register(
+            "kun_watermark_publish_failures",
+            "Publications that the API server did not take; each is tried again",
+            m.publish_failures,
         );
         registry.register(
             "kun_nat64_stats",
@@ -264,7 +318,7 @@ impl Metrics {
     }
 
     /// Slots of a class.
-    pub(crate) fn leaks(&self, round: Round) {
+    pub(crate) fn leaks(&self, round: &Round) {
         self.leaks_reclaimed.inc_by(round.reclaimed);
         self.nics_not_reclaimed
             .set(i64::try_from(round.not_reclaimed).unwrap_or(i64::MAX));
@@ -284,6 +338,22 @@ impl Metrics {
         }
     }
 
+    /// Blocks of a class.
+    pub(crate) fn blocks(&self, class: &'static str, counted: &Counted) {
+        for (standing, count) in [
+            ("taken", counted.taken),
+            ("confirmed", counted.confirmed),
+            ("draining", counted.draining),
+        ] {
+            self.blocks_by_standing
+                .get_or_create(&BlockLabels { class, standing })
+                .set(i64::from(count));
+        }
+        self.blocks_wanted
+            .get_or_create(&ClassLabel { class })
+            .set(i64::from(counted.wanted));
+    }
+
     /// Objects of a kind.
     pub(crate) fn objects(&self, kind: &str, count: usize) {
         self.objects
@@ -291,6 +361,21 @@ impl Metrics {
                 kind: kind.to_owned(),
             })
             .set(count as i64);
+    }
+
+    /// What is applied here, and everywhere.
+    pub(crate) fn watermark(&self, applied: Option<i64>, all: Option<i64>) {
+        self.applied_revision.set(applied.unwrap_or_default());
+        self.watermark.set(all.unwrap_or_default());
+    }
+
+    /// A publication was taken, or not.
+    pub(crate) fn published(&self, taken: bool) {
+        if taken {
+            self.published.inc();
+        } else {
+            self.publish_failures.inc();
+        }
     }
 
     /// The cluster is synced, or not.

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! cluster source ─┬→ store (status, why)         socket ─┬→ IpamService (allocate, release, lookup)
-//!                 ├→ Blocks → IpamService, routes         ├→ dataplane thread (attach, detach, why)
+//!                 ├→ Blocks thread → IpamService, routes, ├→ dataplane thread (attach, detach, why)
+//!                 │                  status of IPAMBlocks │
 //!                 └→ dataplane thread → eBPF maps         └→ status from everybody
 //!                                    └→ Facts → announcer task → BGP speaker
 //! ```
@@ -23,8 +24,8 @@ use kun_bgp::StartError;
 use kun_cluster::{Source, SourceError};
 use kun_cni::clock::{self, ClockError};
 use kun_cni::ipam::{IpamError, IpamService};
-use kun_config::Config;
 use kun_config::types::SlotClass;
+use kun_config::{ClusterSource, Config};
 use kun_control::Fact;
 use kun_ebpf_loader::{Adopted, Error as EbpfError, FlowRecords, Nat64Error};
 use kun_proxy::{EbpfBackend, Proxy};
@@ -36,8 +37,11 @@ use tokio::sync::watch;
 mod addresses;
 mod announce;
 mod answers;
+mod api_writes;
 mod attachments;
+mod blocks;
 mod cluster;
+mod condition;
 mod dataplane;
 mod flows;
 mod limits;
@@ -50,11 +54,14 @@ mod routes;
 mod server;
 mod sockets;
 mod translator;
+mod watermark;
 
 use announce::{Announcer, Facts};
 use answers::Answers;
+use api_writes::{Failures, TellError, Teller};
 use attachments::Attachment;
-use cluster::{Blocks, View};
+use cluster::View;
+use condition::Left;
 use dataplane::{Dataplane, Message, fact};
 use limits::Limiter;
 use lists::Placed;
@@ -62,6 +69,7 @@ use metrics::Metrics;
 use records::Records;
 use server::{Server, SocketError};
 use translator::Translator;
+use watermark::Watermarks;
 
 /// How often slots are let go, blocks are tried again, and pods without programs are looked for.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
@@ -124,6 +132,12 @@ pub(crate) enum AgentError {
     /// The cluster source.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// What is written to it.
+    #[error(transparent)]
+    Tell(#[from] TellError),
+    /// The way to say how far the node is with its blocks.
+    #[error(transparent)]
+    Api(#[from] kun_cluster::api::ApiError),
     /// Threads or signals.
     #[error("the system refuses {what}: {source}")]
     System {
@@ -212,9 +226,18 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
     kun_cni::keeper::start(Arc::clone(&ipam), config.clone())
         .map_err(|e| system("the watch over links")(std::io::Error::other(e)))?;
     let view = Arc::new(View::default());
-    let blocks = Arc::new(Blocks::new(config.clone(), Arc::clone(&ipam), facts));
+    let blocks = blocks::start(&config, &ipam, facts, &view)?;
     let (queue, messages) = sync_channel(dataplane::QUEUE);
     let gateway = config.nat64.gateway.is_some().then(|| queue.clone());
+    let failures = Failures::default();
+    let watermark = match &config.cluster {
+        ClusterSource::Folder(_) => None,
+        source @ ClusterSource::Kubernetes { .. } => Some(Watermarks::follow(
+            source,
+            dataplane.applied(),
+            failures.clone(),
+        )?),
+    };
     let answers = Arc::new(Answers {
         config: config.clone(),
         started,
@@ -227,6 +250,8 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         kernel,
         programmed: dataplane.programmed(),
         leaks: addresses::Leaks::new(flows::Flows::new(flows, gateway)),
+        watermark,
+        left: Left::default(),
     });
     let dataplane = reattach(dataplane, &answers)?;
     let worker = std::thread::Builder::new()
@@ -234,6 +259,7 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         .spawn(move || dataplane.run(&messages))
         .map_err(system("a thread"))?;
     let following = cluster::follow(&config, source, Arc::clone(&view), blocks, queue.clone())?;
+    tell(&answers, &metrics, failures)?;
     housekeeping(Arc::clone(&answers), metrics, health, placed)?;
     server.serve(move |request| answers.answer(request))?;
     tracing::info!(node = config.node.name, adopted, took = ?started.elapsed(), "the agent runs");
@@ -272,8 +298,8 @@ fn open_dataplane(
     if opened.is_err() && fresh {
         // Nothing stood before, so nothing stays. What is adopted goes on serving.
         let uplinks = node::uplinks(config.node.uplink.as_deref());
-        let removed = EbpfBackend::remove(config)
-            .and_then(|()| Limiter::remove_all(config))
+        let removed = EbpfBackend::remove(config, &[])
+            .and_then(|()| Limiter::remove_all(config, &[]))
             .map_err(AgentError::from);
         if let Err(error) =
             removed.and_then(|()| Translator::remove(config, &uplinks).map_err(AgentError::from))
@@ -392,6 +418,24 @@ fn start_bgp(
     Ok(Some(announcer))
 }
 
+/// What this node tells the API server, where there is one.
+fn tell(answers: &Answers, metrics: &Metrics, failures: Failures) -> Result<(), TellError> {
+    let ClusterSource::Kubernetes { kubeconfig } = &answers.config.cluster else {
+        return Ok(());
+    };
+    let view = || Arc::clone(&answers.view);
+    let condition = condition::Tell::new(&answers.config.node.name, view(), answers.left.clone());
+    let mut tellers: Vec<Box<dyn Teller>> = vec![Box::new(condition)];
+    if let Some(watermark) = &answers.watermark {
+        tellers.push(Box::new(watermark.teller(
+            &answers.config,
+            view(),
+            metrics.clone(),
+        )));
+    }
+    api_writes::start(kubeconfig.as_deref(), tellers, failures)
+}
+
 /// A thread that wakes every few seconds for as long as the process lives.
 fn housekeeping(
     answers: Arc<Answers>,
@@ -435,14 +479,19 @@ fn keep_house(answers: &Answers, metrics: &Metrics) -> bool {
         tracing::warn!(%error, "cooled slots cannot be let go");
     }
     answers.tell_live();
-    answers.blocks.refresh(&answers.view);
+    answers.blocks.poke();
     if let Some(round) = answers.leaks.round(answers, now) {
-        metrics.leaks(round);
+        metrics.leaks(&round);
+        answers.left.set(round.left);
+    }
+    if let Some(watermark) = &answers.watermark {
+        watermark.count(metrics);
     }
     for (name, class) in [("dual", SlotClass::Dual), ("v6-only", SlotClass::V6Only)] {
         if let Ok(counts) = answers.ipam.counts(class, now) {
             metrics.ipam(name, counts);
         }
+        metrics.blocks(name, &answers.blocks.counted(class));
     }
     for (kind, count) in answers.view.store().counts() {
         metrics.objects(&format!("{kind:?}"), count);
@@ -492,8 +541,9 @@ pub(crate) fn cleanup(path: &Path, conf_dir: Option<&Path>) -> Result<(), AgentE
     // A running agent would make it all again.
     let server = Server::bind(&config.agent.socket)?;
     conf_dir.map(lists::remove).transpose()?;
-    EbpfBackend::remove(&config)?;
-    Limiter::remove_all(&config)?;
+    let interfaces = links::named_with_filters()?;
+    EbpfBackend::remove(&config, &interfaces)?;
+    Limiter::remove_all(&config, &interfaces)?;
     Translator::remove(&config, &node::uplinks(config.node.uplink.as_deref()))?;
     routes::set(&std::collections::BTreeSet::new())?;
     drop(server);

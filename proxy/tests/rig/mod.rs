@@ -206,8 +206,17 @@ impl Node {
         self.spawn_until("programmed");
     }
 
+    /// Starts the agent and waits until it answers, whatever it has done so far.
+    pub(crate) fn spawn_until_answers(&mut self) {
+        self.spawn_until_state(|_| true);
+    }
+
     /// Starts the agent and waits until its dataplane says this of itself.
     pub(crate) fn spawn_until(&mut self, state: &str) {
+        self.spawn_until_state(|said| said == state);
+    }
+
+    fn spawn_until_state(&mut self, is: impl Fn(&str) -> bool) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kun-proxy"));
         command.arg("--config").arg(self.path("kun.yaml"));
         command.args(&self.flags);
@@ -224,7 +233,7 @@ impl Node {
             let Some(Response::Status { status }) = self.try_ask(&Request::Status) else {
                 return None;
             };
-            let there = |f: &kun_control::Fact| f.name == "state" && f.value == state;
+            let there = |f: &kun_control::Fact| f.name == "state" && is(&f.value);
             status.proxy.iter().any(there).then_some(true)
         });
         assert!(
@@ -281,6 +290,13 @@ impl Node {
             .env_remove("RUST_LOG");
         let output = self.netns.output(command).unwrap();
         String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    }
+
+    /// `kunctl` of this node.
+    pub(crate) fn kunctl(&self) -> Command {
+        let mut command = Command::new(beside("kunctl"));
+        command.arg("--config").arg(self.path("kun.yaml"));
+        command
     }
 
     pub(crate) fn ask(&self, request: &Request) -> Response {
@@ -419,12 +435,18 @@ impl Node {
     }
 
     /// Executes the plugin for a container; what it says, and whether it is content.
-    fn cni(&self, verb: &str, name: &str, netns: &Netns, runtime: &Value) -> (bool, String) {
+    pub(crate) fn cni(
+        &self,
+        verb: &str,
+        name: &str,
+        netns: &Netns,
+        runtime: &Value,
+    ) -> (bool, String) {
         let network = json!({
             "cniVersion": "1.1.0", "name": "kun", "type": "kun-cni", "kunConfig": self.path("kun.yaml"),
             "runtimeConfig": runtime,
         });
-        let mut command = Command::new(plugin());
+        let mut command = Command::new(beside("kun-cni"));
         command
             .env_clear()
             .env("CNI_COMMAND", verb)
@@ -547,18 +569,20 @@ impl Node {
     }
 }
 
-/// `kun-cni` lies beside `kun-proxy`; a test run of this package alone has not built it.
-fn plugin() -> PathBuf {
-    let path = Path::new(env!("CARGO_BIN_EXE_kun-proxy")).with_file_name("kun-cni");
-    static BUILT: Mutex<bool> = Mutex::new(false);
+/// A program of another package lies beside `kun-proxy`; a test run of this package alone has not built it.
+fn beside(name: &'static str) -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_kun-proxy")).with_file_name(name);
+    static BUILT: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
-    if !*built {
+    if !built.contains(name) {
         let status = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--offline", "--package", "kun-cni"])
+            .args(["build", "--quiet", "--offline", "--package", name])
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .status();
         // A machine without cargo has it from elsewhere.
-        *built = status.is_ok_and(|s| s.success()) || path.is_file();
+        if status.is_ok_and(|s| s.success()) || path.is_file() {
+            built.insert(name);
+        }
     }
     assert!(path.is_file(), "{} is not built", path.display());
     path

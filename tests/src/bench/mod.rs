@@ -124,6 +124,7 @@ pub type Part = fn(&Context) -> Result<Vec<Row>>;
 pub const PARTS: &[(&str, Part)] = &[
     ("ebpf", ebpf::run),
     ("cni", cni::run),
+    ("dense", cni::dense::run),
     ("proxy", proxy::run),
     ("dns", dns::run),
     ("nat64", nat64::run),

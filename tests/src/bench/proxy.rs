@@ -95,7 +95,7 @@ fn measure(services: u32, name: &str) -> anyhow::Result<Vec<Row>> {
     }
     let adoption = begin.elapsed() - loaded;
     ensure!(ops == 0, "adoption changed {ops} things");
-    EbpfBackend::remove(&config)?;
+    EbpfBackend::remove(&config, &[])?;
 
     let large = services == 100_000;
     let budget = |row: Row, most: f64| if large { row.at_most(most) } else { row };

@@ -92,8 +92,8 @@ pub(super) const PEERS: &[Peer] = &[
         to: "bin",
         tags: "",
         set: &[],
-        parts: &[],
-        what_for: "looking into a node's containerd by hand",
+        parts: &["cluster"],
+        what_for: "the client that drives containerd by itself, as a kubelet does",
     },
     Peer {
         name: "containerd",

@@ -15,7 +15,13 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("kun-cni-core", &["kun-config"]),
     (
         "kun-cni",
-        &["kun-cni-core", "kun-config", "kun-control", "kun-telemetry"],
+        &[
+            "kun-cni-core",
+            "kun-config",
+            "kun-cluster-core",
+            "kun-control",
+            "kun-telemetry",
+        ],
     ),
     (
         "kun-proxy-core",
@@ -43,9 +49,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("kun-bgp-core", &["kun-config"]),
     ("kun-bgp", &["kun-bgp-core", "kun-config"]),
+    // How addresses come back is decided in one core, of which the fold of watermarks is the operator's part.
     (
         "kun-operator",
-        &["kun-config", "kun-cluster", "kun-telemetry"],
+        &["kun-config", "kun-cluster", "kun-cni-core", "kun-telemetry"],
     ),
     // The manifest folder gives `kunctl why` the address of a Service by its name; a damaged address store is rebuilt without
     // an agent, which does not start on one.

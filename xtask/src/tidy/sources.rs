@@ -64,6 +64,10 @@ const WALL_CLOCK: &[&str] = &[
 /// Files that write the time of day into an object, for people to read.
 const TELLS_TIME: &[(&str, &str)] = &[
     (
+        "cluster/src/api/write.rs",
+        "renewTime of Leases and lastTransitionTime of conditions that are written from here",
+    ),
+    (
         "operator/src/claims.rs",
         "lastTransitionTime of a pool's conditions",
     ),

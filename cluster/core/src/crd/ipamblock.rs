@@ -8,9 +8,12 @@
 //! 2. *Confirm.* The node's agent reads it, takes it into its durable store and writes `status.phase: Confirmed` with
 //!    `status.epoch` = `spec.epoch`, under the resourceVersion that it read. Only then does it give out slots and announce.
 //!    A `status.epoch` that is not `spec.epoch` is about an earlier owner and says nothing: the block is Pending.
-//! 3. *Drain.* The operator sets `spec.draining`. The agent gives out no more slots, writes `Draining`, and `Drained` once every
-//!    slot is free again, which includes the cooldown.
-//! 4. *Hand over.* The operator writes the new `node` and `nodeUID` with a higher `epoch` and without `draining`, in one update.
+//! 3. *Want.* An owner that runs low writes into `status.wanted` of one of its confirmed blocks how many of that class it wants to have
+//!    in all, and the operator gives what lacks. A wish that is said twice is the same wish.
+//! 4. *Drain.* The operator sets `spec.draining`, or the owner has more than it uses. The agent gives out no more slots, writes
+//!    `Draining`, and, once every slot is free again, which includes the cooldown and what the network has to forget, lets go of the block
+//!    in its store and writes `Drained`. It never takes a block again under an epoch in which it let go of it.
+//! 5. *Hand over.* The operator writes the new `node` and `nodeUID` with a higher `epoch` and without `draining`, in one update.
 //!    It may do so when the block is Pending or Drained; of a node that does not answer, only when its Node object is gone or
 //!    fenced, and a full cooldown has passed since. A Node of the same name with another UID is another node.
 //!
@@ -70,6 +73,10 @@ pub struct IpamBlockStatus {
     /// Slots that wait until the network has forgotten them.
     #[schemars(range(min = 0, max = 64))]
     pub cooling: Option<u32>,
+    /// The blocks of this class that the owner wants to have in all, this one included: one more than it has, when it runs low; one less,
+    /// when it returns one. The owner says it on one of its blocks. Absent: as many as the operator gives without being asked.
+    #[schemars(range(min = 0, max = 1024))]
+    pub wanted: Option<u32>,
     /// `Announced`: the routes of the block are with the peers.
     #[serde(default)]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
@@ -142,6 +149,13 @@ impl Spec for IpamBlockSpec {
             "integer",
             ".status.cooling",
             "Slots that wait until the network has forgotten them",
+        )
+        .wide(),
+        Column::new(
+            "Wanted",
+            "integer",
+            ".status.wanted",
+            "Blocks of this class that the owner wants in all",
         )
         .wide(),
         Column::new("Epoch", "integer", ".spec.epoch", "Number of owners so far").wide(),

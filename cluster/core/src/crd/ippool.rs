@@ -88,8 +88,9 @@ pub struct IpPoolSpec {
     pub node_selector: Option<LabelSelector>,
     /// The Services that get addresses out of `services`, by their labels. Absent: all Services.
     pub service_selector: Option<LabelSelector>,
-    /// Whether a pod without the annotation kun.network/ipv4 has an IPv4 address, on the nodes that the pool selects. Absent: what
-    /// the node's configuration says. Not acted on yet: `ipam.defaultClass` of kun.yaml decides on every node.
+    /// Whether a pod has an IPv4 address that does not say so itself, on the nodes that the pool selects. The annotation
+    /// kun.network/ipv4 of the pod goes first, then that of its namespace, then the first pool by name that selects the node and says
+    /// something here, then `ipam.defaultClass` of the node's kun.yaml. Pods that live keep what they have.
     pub ipv4_by_default: Option<bool>,
     /// The most blocks of each class that one node gets out of this pool. Absent: no limit of its own.
     #[schemars(range(min = 1, max = 1024))]
@@ -176,6 +177,16 @@ impl IpPool {
             .as_ref()
             .is_none_or(|s| s.matches(labels))
     }
+}
+
+/// Whether pods that do not say so have an IPv4 address on a node with these labels: the word of the first pool that selects it and has
+/// one. Pools by name, as the store has them.
+pub fn ipv4_by_default<'a>(
+    pools: impl IntoIterator<Item = &'a Arc<IpPool>>,
+    labels: &BTreeMap<Arc<str>, Arc<str>>,
+) -> Option<bool> {
+    let serving = pools.into_iter().filter(|pool| pool.serves_node(labels));
+    serving.filter_map(|pool| pool.spec.ipv4_by_default).next()
 }
 
 impl Spec for IpPoolSpec {

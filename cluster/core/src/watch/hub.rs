@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::backoff::Jitter;
 use super::{Action, Context, Counts, Exchange, Input, Pace, Watch};
-use crate::{Delta, Event, Interner, Kind, ObjectName, Wanted};
+use crate::{Delta, Event, Interner, Kind, ObjectName, Reached, Wanted};
 
 /// Deltas of one event after the first snapshot. Consumers act once an event; one that never ends would never be acted on.
 const MAX_BATCH: usize = 1_000;
@@ -27,6 +27,8 @@ pub struct Hub {
     /// The shell's own: no credentials.
     trouble: Option<String>,
     told: BTreeSet<String>,
+    /// Of the watches whose revisions are wanted, by index, what was told last.
+    reached: Vec<(usize, Option<Reached>)>,
 }
 
 impl Hub {
@@ -50,6 +52,10 @@ impl Hub {
             partial: false,
             trouble: None,
             told: BTreeSet::new(),
+            reached: (wanted.iter().enumerate())
+                .filter(|(_, (kind, _))| wanted.wants_revisions(*kind))
+                .map(|(index, _)| (index, None))
+                .collect(),
         }
     }
 
@@ -171,7 +177,22 @@ impl Hub {
             self.partial = false;
             self.queue.push_back(Event::Whole);
         }
+        if self.synced {
+            self.reach();
+        }
         self.queue.pop_front()
+    }
+
+    /// Everything that was gathered is in the queue: what the watches have reached goes behind it.
+    fn reach(&mut self) {
+        for (index, told) in &mut self.reached {
+            let watch = &self.watches[*index];
+            let now = watch.reached();
+            if *told != now {
+                *told = now;
+                self.queue.push_back(Event::Reached(watch.kind, now));
+            }
+        }
     }
 
     /// When [`Hub::tick`] has something to do.

@@ -12,7 +12,7 @@ use super::known::{Known, number};
 use super::refusal::{self, Meaning};
 use super::split::{Items, Lines, MAX_OBJECT, Piece};
 use super::{Action, Context, Exchange, Input, Lane, Pace};
-use crate::{Delta, Kind, Resource, Scope};
+use crate::{Delta, Kind, Reached, Resource, Scope};
 
 /// The text of a refusal that is read; the API server's are some hundred bytes.
 const MAX_REFUSAL: usize = 16 << 10;
@@ -107,6 +107,8 @@ pub struct Watch {
     pub(super) check: Check,
     /// The stream before the one that is next, or runs, was lost: another server may answer now.
     lost: bool,
+    /// What the view has been through; `None`: it is in doubt.
+    reached: Option<Reached>,
     /// Of a list that is not complete.
     held: Vec<Delta>,
     synced: bool,
@@ -147,6 +149,7 @@ impl Watch {
             main: Main::Waiting { until: now },
             check: Check::new(),
             lost: false,
+            reached: None,
             held: Vec::new(),
             synced: false,
             missing: false,
@@ -163,6 +166,12 @@ impl Watch {
     /// Objects are missing from the view that nobody removed: they were never read right.
     pub fn partial(&self) -> bool {
         self.missing || self.known.blank() > 0
+    }
+
+    /// Which revision everything is told up to. Not known before the first list, after what was told turned out to be wrong or of
+    /// other data, where versions are no numbers, and as long as objects are missing.
+    pub fn reached(&self) -> Option<Reached> {
+        self.reached.filter(|_| !self.partial())
     }
 
     /// What has happened.
@@ -379,6 +388,19 @@ impl Watch {
         }
         if !listing {
             self.silent_streams = 0;
+            self.reached = self.reached.and_then(|before| {
+                let at = number(&version)?;
+                let changed = if event.kind == "BOOKMARK" {
+                    before.changed
+                } else {
+                    at
+                };
+                Some(Reached {
+                    changed,
+                    at,
+                    ..before
+                })
+            });
             self.version = Some(version);
         }
         None
@@ -401,6 +423,11 @@ impl Watch {
         }
         cx.deltas.append(&mut self.held);
         self.held = Vec::new();
+        self.reached = number(&version).map(|at| Reached {
+            since: at,
+            changed: at,
+            at,
+        });
         self.version = Some(version);
         self.why = Why::Gone;
         self.synced = true;
@@ -523,6 +550,8 @@ impl Watch {
     pub(super) fn whose(&self) -> String {
         match &self.scope {
             Scope::Node(node) => format!("of node {node}"),
+            Scope::Namespace(namespace) => format!("in namespace {namespace}"),
+            Scope::Named(name) => format!("of the name {name}"),
             Scope::All if self.resource.namespaced => "in all namespaces".to_owned(),
             Scope::All => "of the cluster".to_owned(),
         }
@@ -599,6 +628,8 @@ impl Watch {
             Turn::NoStreams => self.no_streams_until = Some(cx.now + self.pace.streams_again),
             Turn::Relist(why) => {
                 let known = self.version.take();
+                // It lied, or spoke of other data.
+                self.reached = None;
                 self.next_page = None;
                 self.why = why;
                 let limits = (self.pace.wait_first, self.pace.wait_at_most);

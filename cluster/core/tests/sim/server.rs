@@ -51,6 +51,8 @@ struct Data {
     objects: BTreeMap<(Kind, String), Stored>,
     history: Vec<Happened>,
     compacted: u64,
+    /// What there was of Namespaces (name, uid) at each revision that changed it.
+    states: BTreeMap<u64, BTreeMap<String, String>>,
 }
 
 /// One request's answer.
@@ -67,6 +69,8 @@ pub(crate) struct Connection {
 pub(crate) struct Server {
     data: Data,
     saved: Option<Data>,
+    /// A stream said what was not so.
+    pub(crate) lied: bool,
     /// Every good version that an object ever had, by uid.
     good: BTreeMap<String, Vec<u64>>,
     uids: u64,
@@ -91,6 +95,7 @@ impl Server {
                 ..Data::default()
             },
             saved: None,
+            lied: false,
             good: BTreeMap::new(),
             uids: 0,
             frozen: false,
@@ -142,6 +147,21 @@ impl Server {
             what,
             json,
         });
+        self.remember();
+    }
+
+    fn remember(&mut self) {
+        let namespaces =
+            (self.data.objects.iter()).filter(|((kind, _), _)| *kind == Kind::Namespace);
+        let state = namespaces.map(|((_, name), stored)| (name.clone(), stored.uid.clone()));
+        self.data.states.insert(self.data.rev, state.collect());
+    }
+
+    /// The Namespaces at a revision.
+    pub(crate) fn had(&self, revision: u64) -> BTreeMap<String, String> {
+        assert!(revision <= self.data.rev, "{revision} is still to come");
+        let until = self.data.states.range(..=revision).next_back();
+        until.map(|(_, state)| state.clone()).unwrap_or_default()
     }
 
     pub(crate) fn delete(&mut self, kind: Kind, name: u8) {
@@ -155,6 +175,7 @@ impl Server {
                 what: "DELETED",
                 json,
             });
+            self.remember();
         }
     }
 
@@ -337,6 +358,7 @@ impl Server {
 
     fn say(&mut self, connection: &mut Connection, happened: &Happened) {
         let text = line_of(happened.what, &happened.json);
+        self.lied |= self.lie.is_some();
         match self.lie.take() {
             Some(Lie::Lose) => {}
             Some(Lie::Twice) => {
@@ -410,6 +432,14 @@ impl Server {
 }
 
 /// The name of a block's object follows from the block.
+pub(crate) fn names_and_uids<'o>(
+    objects: impl Iterator<Item = &'o Object>,
+) -> BTreeMap<String, String> {
+    objects
+        .map(|o| (o.meta().name.name.to_string(), o.meta().uid.to_string()))
+        .collect()
+}
+
 fn name_of(kind: Kind, name: u8) -> String {
     match kind {
         Kind::IpamBlock => format!("block-10-64-{name}-0"),

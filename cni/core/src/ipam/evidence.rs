@@ -4,9 +4,16 @@
 //! names another is dropped. All evidence must hold in one look. What was seen is kept in memory only: after a crash it is
 //! looked for again.
 //!
-//! The *watermark* is the revision of the EndpointSlices that every node's proxy has applied (`crate::watermark`). When this
-//! node's own view, at revision R, shows the address in no slice, a proxy that has applied R does not send to it either; so
-//! the watermark has to reach R, the first revision since which the view has been clear.
+//! The *watermark* is the revision of the EndpointSlices that every node's proxy has applied (`crate::watermark`). The revision that
+//! it has to reach is the R of the first look after the release since which no look has found the address in a slice. Why that is
+//! enough: the slices are one sequence of states, numbered by revisions, the same for all nodes. This node's view *is* the state
+//! at R, and at every revision from R to now it has had no slice with the address; whoever looks sees to that, and calls the
+//! address held when it was so for a moment between two looks, or when the view began anew and nobody knows
+//! (`cluster` of [`Look`]). A proxy that has applied some revision from R on therefore has the state of a revision between R and
+//! now, in which the address is not, or one later than what this node has seen. In a later one it could only be again because
+//! something wrote the address of a pod that is gone into a slice, and then the next look finds it; or because the slot was
+//! given out again, which is what all this is about. What was released, and when, needs no revision of its own: a release
+//! is known on this node alone, and looks begin after it.
 
 use std::fmt;
 
@@ -90,7 +97,7 @@ pub struct Look {
 /// What the cluster's objects say of one slot.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ClusterLook {
-    /// Objects that hold the address, one line each.
+    /// Objects that hold the address, or held it since the last look, one line each.
     pub held: Vec<String>,
     /// The revision that was looked at; `None`: the source has none.
     pub revision: Option<Revision>,
@@ -141,8 +148,14 @@ impl Seen {
         }
         if needs.watermark {
             self.clear_since = self.clear(look.cluster.as_ref());
-            if let Some(missing) = self.behind(watermark) {
-                self.why.push(missing);
+            let revision = look.cluster.as_ref().and_then(|c| c.revision);
+            match (revision, self.behind(watermark)) {
+                (_, Some(missing)) => self.why.push(missing),
+                // Changes came in just now: what was clear so far still is, but this look is none to decide by.
+                (None, None) => self
+                    .why
+                    .push("the revision looked at is not known yet".to_owned()),
+                (Some(_), None) => {}
             }
         }
         let proven = self.why.is_empty();
@@ -155,7 +168,9 @@ impl Seen {
         if !cluster.held.is_empty() {
             return None;
         }
-        let now = cluster.revision?;
+        let Some(now) = cluster.revision else {
+            return self.clear_since;
+        };
         Some(match self.clear_since {
             Some(before) if before <= now => before,
             // The storage was restored from a backup and counts from an earlier number.
@@ -182,5 +197,74 @@ impl Seen {
             watermark.revision,
             slowest.join(", ")
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn look(held: &[&str], revision: Option<u64>) -> Look {
+        Look {
+            slot: std::net::Ipv4Addr::new(10, 64, 0, 5).into(),
+            sequence: 7,
+            node: Some(Vec::new()),
+            cluster: Some(ClusterLook {
+                held: held.iter().map(|h| (*h).to_owned()).collect(),
+                revision: revision.map(Revision),
+            }),
+        }
+    }
+
+    fn seen() -> Seen {
+        Seen::new(7, BootTime(Duration::ZERO))
+    }
+
+    fn watermark(revision: u64) -> Watermark {
+        Watermark {
+            revision: Revision(revision),
+            lagging: vec!["node-b".to_owned()],
+        }
+    }
+
+    #[test]
+    fn the_watermark_has_to_reach_the_first_clear_look() {
+        let mut seen = seen();
+        let mut take = |look: &Look, mark| seen.take(look, Needs::API, Some(&watermark(mark)));
+        assert!(!take(&look(&["EndpointSlice a"], Some(10)), 10));
+        assert!(!take(&look(&[], Some(20)), 19));
+        // Later looks do not move it, and one between two revisions neither.
+        assert!(!take(&look(&[], Some(30)), 19));
+        assert!(!take(&look(&[], None), 20), "nobody knows which state");
+        assert!(take(&look(&[], Some(40)), 20));
+        // It was there again.
+        assert!(!take(&look(&["EndpointSlice a"], Some(50)), 50));
+        assert!(!take(&look(&[], None), 50));
+        assert!(!take(&look(&[], Some(60)), 59));
+        assert!(take(&look(&[], Some(70)), 60));
+    }
+
+    #[test]
+    fn revisions_that_go_back_are_waited_for_anew_and_not_for_ever() {
+        let mut seen = seen();
+        assert!(!seen.take(&look(&[], Some(1000)), Needs::API, Some(&watermark(990))));
+        assert!(!seen.take(&look(&[], Some(505)), Needs::API, Some(&watermark(500))));
+        assert!(seen.take(&look(&[], Some(510)), Needs::API, Some(&watermark(505))));
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        let mut seen = seen();
+        assert!(!seen.take(&look(&[], None), Needs::API, None));
+        assert_eq!(seen.why, ["no revision without it was seen yet"]);
+        assert!(!seen.take(&look(&[], Some(20)), Needs::API, None));
+        assert!(seen.why[0].contains("revision 20 is waited for"));
+        assert!(!seen.take(&look(&[], Some(30)), Needs::API, Some(&watermark(19))));
+        let why = "all nodes have applied revision 19; 20 is waited for, of node-b";
+        assert_eq!(seen.why, [why]);
+        // Files have no revisions.
+        assert!(seen.take(&look(&[], None), Needs::FOLDER, None));
     }
 }

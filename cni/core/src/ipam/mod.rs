@@ -11,6 +11,7 @@
 //! place in the order. The cooldown is the same for all slots, so when the oldest cooling slot has not rested none has: every
 //! step is O(log n), save those that ask for a range or bring observations.
 
+mod blocks;
 mod evidence;
 mod queues;
 mod types;
@@ -18,14 +19,14 @@ mod types;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use kun_config::types::{BlockId, Slot, SlotClass};
+use kun_config::types::{BLOCK_SLOTS, BlockId, Slot, SlotClass};
 
 use evidence::Seen;
 pub use evidence::{ClusterLook, Look, Needs, Revision, Watermark};
 use queues::Queues;
 pub use types::{
-    Allocation, BootId, BootTime, Census, Choice, Command, Effect, Key, LoadError, Owner, Pod,
-    Record, Reply, Rules, SlotState, Snapshot, Step, Unavailable,
+    Allocation, BootId, BootTime, Census, Choice, Claim, Command, Effect, Key, LoadError, Owner,
+    Pod, Record, Reply, Rules, SlotState, Snapshot, Standing, Step, Unavailable,
 };
 
 /// Blocks one node may know: 65,536 slots, 26 times the densest node in use. Beyond that [`Reply::TooManyBlocks`].
@@ -42,7 +43,7 @@ pub struct Ipam {
     /// The last allocation's.
     generation: u64,
     floor: u64,
-    blocks: BTreeMap<BlockId, bool>,
+    blocks: BTreeMap<BlockId, Claim>,
     records: BTreeMap<Slot, Record>,
     live: BTreeMap<Key, Slot>,
     dual: Queues,
@@ -85,8 +86,8 @@ impl Ipam {
             v6_only: Queues::default(),
             seen: BTreeMap::new(),
         };
-        let owned: Vec<BlockId> = ipam.owned().collect();
-        for block in owned {
+        let gives: Vec<BlockId> = ipam.owned().filter(|block| ipam.gives(*block)).collect();
+        for block in gives {
             ipam.queues(block.class()).fresh.extend(rules.slots(block));
         }
 
@@ -159,10 +160,13 @@ impl Ipam {
                 Reply::Done
             }
             Command::SetBlocks(blocks) => {
-                let new = blocks.into_iter().map(|block| (block, false)).collect();
-                self.set_blocks(&new, now, &mut effects)
+                let new = blocks.into_iter().map(|block| (block, Claim::FIRST));
+                self.set_claims(&new.collect(), now, &mut effects)
             }
-            Command::SetClaims(claims) => self.set_blocks(&claims, now, &mut effects),
+            Command::SetClaims(mut claims) => {
+                claims.retain(|_, claim| claim.is_owned());
+                self.set_claims(&claims, now, &mut effects)
+            }
             Command::Tick => Reply::Done,
         };
         Step { reply, effects }
@@ -195,12 +199,32 @@ impl Ipam {
     pub fn owned(&self) -> impl Iterator<Item = BlockId> {
         self.blocks
             .iter()
-            .filter_map(|(block, owned)| owned.then_some(*block))
+            .filter_map(|(block, claim)| claim.is_owned().then_some(*block))
     }
 
-    /// Every block that is or was ours, and which.
-    pub fn blocks(&self) -> impl Iterator<Item = (BlockId, bool)> {
-        self.blocks.iter().map(|(block, owned)| (*block, *owned))
+    /// Every block that is or was ours, and how we stand to it.
+    pub fn claims(&self) -> impl Iterator<Item = (BlockId, Claim)> {
+        self.blocks.iter().map(|(block, claim)| (*block, *claim))
+    }
+
+    /// How we stand to a block; `None`: it never was ours.
+    pub fn claim(&self, block: BlockId) -> Option<Claim> {
+        self.blocks.get(&block).copied()
+    }
+
+    /// Slots of a block that pods have, and those that are not free for another reason.
+    pub fn in_use(&self, block: BlockId) -> (u32, u32) {
+        let first = block.first();
+        let last = Slot(first.0 + (BLOCK_SLOTS - 1));
+        let mut in_use = (0, 0);
+        for record in self.records.range(first..=last).map(|(_, record)| record) {
+            match record.state {
+                SlotState::Allocated { .. } => in_use.0 += 1,
+                SlotState::Cooling { .. } | SlotState::Quarantined { .. } => in_use.1 += 1,
+                SlotState::Free => {}
+            }
+        }
+        in_use
     }
 
     /// How many slots of the class are in which state.
@@ -213,7 +237,8 @@ impl Ipam {
         self.of(class).top(usize::MAX)
     }
 
-    /// Slots of the class: allocated, not free yet for whatever reason, free. The last two count owned blocks only.
+    /// Slots of the class: allocated, not free yet for whatever reason, free. The last two count owned blocks only, the last only
+    /// those that are given out from.
     pub fn counts(&self, class: SlotClass) -> (u32, u32, u32) {
         let c = self.census(class);
         (c.allocated, c.cooling + c.waiting + c.quarantined, c.free)
@@ -287,7 +312,11 @@ impl Ipam {
     }
 
     fn is_owned(&self, block: BlockId) -> bool {
-        self.blocks.get(&block).copied().unwrap_or(false)
+        self.claim(block).is_some_and(Claim::is_owned)
+    }
+
+    fn gives(&self, block: BlockId) -> bool {
+        self.claim(block).is_some_and(Claim::gives)
     }
 
     fn next_sequence(&mut self) -> u64 {
@@ -298,11 +327,11 @@ impl Ipam {
     /// Puts the record where it belongs, and takes what stood in its place away. Free slots of other nodes' blocks belong to no queue.
     fn place(&mut self, record: Record) {
         let slot = record.slot;
-        let owned = self.is_owned(slot.block());
+        let claim = self.claim(slot.block());
         if let Some(before) = self.records.remove(&slot) {
             self.queues(slot.class()).remove(&before);
         }
-        self.queues(slot.class()).put(&record, owned);
+        self.queues(slot.class()).put(&record, claim);
         self.records.insert(slot, record);
     }
 
@@ -320,8 +349,8 @@ impl Ipam {
     /// Every slot whose cooldown has passed goes on: to Free, or to wait for evidence.
     fn cool(&mut self, class: SlotClass, now: BootTime, effects: &mut Vec<Effect>) {
         while let Some((&sequence, &slot)) = self.of(class).cooling.first_key_value() {
-            let Some(SlotState::Cooling { since, waived, .. }) =
-                self.records.get(&slot).map(|r| r.state.clone())
+            let Some(&SlotState::Cooling { since, waived, .. }) =
+                self.records.get(&slot).map(|r| &r.state)
             else {
                 unreachable!("what is queued as cooling has a cooling record");
             };
@@ -339,8 +368,13 @@ impl Ipam {
     }
 
     fn become_free(&mut self, slot: Slot, effects: &mut Vec<Effect>) {
-        let mut record = self.records[&slot].clone();
-        record.state = SlotState::Free;
+        let before = &self.records[&slot];
+        let record = Record {
+            slot,
+            generation: before.generation,
+            sequence: before.sequence,
+            state: SlotState::Free,
+        };
         self.seen.remove(&slot);
         self.put(record, effects);
     }
@@ -377,7 +411,7 @@ impl Ipam {
             (Some(live), Choice::Within { .. }) => {
                 unavailable(live.slot, Unavailable::HasAnother(live.slot))
             }
-            (None, Choice::Slot(slot)) => match self.obstacle(*slot, now) {
+            (None, Choice::Slot(slot)) => match self.obstacle(*slot, &owner.key, now) {
                 Some(because) => unavailable(*slot, because),
                 None => self.take(*slot, owner, now, effects),
             },
@@ -388,7 +422,7 @@ impl Ipam {
         }
     }
 
-    /// Gives a free slot to its owner.
+    /// Gives a slot that nothing is in the way of to its owner.
     fn take(
         &mut self,
         slot: Slot,
@@ -409,6 +443,7 @@ impl Ipam {
             },
         };
         self.live.insert(owner.key.clone(), slot);
+        self.seen.remove(&slot);
         self.put(record, effects);
         Reply::Allocated(Allocation {
             slot,
@@ -417,13 +452,22 @@ impl Ipam {
         })
     }
 
-    /// Why one slot cannot be had now; `None`: it can.
-    fn obstacle(&self, slot: Slot, now: BootTime) -> Option<Unavailable> {
+    /// Why one slot cannot be had now by this attachment; `None`: it can.
+    fn obstacle(&self, slot: Slot, key: &Key, now: BootTime) -> Option<Unavailable> {
         let in_use = slot.0 - slot.block().first().0 < self.rules.slots_per_block;
         let state = self.records.get(&slot).map(|record| &record.state);
         match state {
             Some(SlotState::Allocated { owner, .. }) => Some(Unavailable::Allocated(owner.clone())),
-            _ if !self.is_owned(slot.block()) || !in_use => Some(Unavailable::NotOurs),
+            _ if !self.gives(slot.block()) || !in_use => Some(Unavailable::NotOurs),
+            // Whoever still sends there means this very container: a runtime sets its network up anew, or starts it again.
+            Some(
+                SlotState::Cooling {
+                    owner: Some(last), ..
+                }
+                | SlotState::Quarantined {
+                    owner: Some(last), ..
+                },
+            ) if last.key == *key => None,
             Some(SlotState::Cooling { since, .. }) => {
                 let left = self.remaining(*since, now);
                 Some(match left.is_zero() {
@@ -589,62 +633,6 @@ impl Ipam {
             },
         };
         self.put(record, effects);
-    }
-
-    fn set_blocks(
-        &mut self,
-        wanted: &BTreeMap<BlockId, bool>,
-        now: BootTime,
-        effects: &mut Vec<Effect>,
-    ) -> Reply {
-        let known = wanted
-            .keys()
-            .filter(|block| !self.blocks.contains_key(block))
-            .count();
-        if self.blocks.len() + known > MAX_BLOCKS {
-            return Reply::TooManyBlocks;
-        }
-        let lost: Vec<BlockId> = self.owned().filter(|b| !wanted.contains_key(b)).collect();
-        for block in lost {
-            self.blocks.insert(block, false);
-            effects.push(Effect::PutBlock {
-                block,
-                owned: false,
-            });
-            self.queues(block.class()).lose(block);
-            self.seen.retain(|slot, _| slot.block() != block);
-        }
-        for (block, had_owner) in wanted {
-            let before = self.blocks.insert(*block, true);
-            match before {
-                Some(true) => continue,
-                None if self.floor == 0 && !had_owner => {
-                    let slots = self.rules.slots(*block);
-                    self.queues(block.class()).fresh.extend(slots);
-                }
-                // It was ours, then perhaps another node's, or only another's, or the store was lost: nobody here knows how warm
-                // its addresses are.
-                Some(false) | None => self.cool_block(*block, now, effects),
-            }
-            effects.push(Effect::PutBlock {
-                block: *block,
-                owned: true,
-            });
-        }
-        Reply::Done
-    }
-
-    fn cool_block(&mut self, block: BlockId, now: BootTime, effects: &mut Vec<Effect>) {
-        for slot in self.rules.slots(block) {
-            let (generation, owner) = match self.records.get(&slot) {
-                None => (self.floor, None),
-                Some(record) => match &record.state {
-                    SlotState::Allocated { .. } => continue,
-                    state => (record.generation, state.owner().cloned()),
-                },
-            };
-            self.start_cooling(slot, generation, owner, now, effects);
-        }
     }
 }
 

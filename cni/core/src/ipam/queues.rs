@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use kun_config::types::{BlockId, Slot};
 
-use super::types::{Census, Choice, Owner, Record, SlotState};
+use super::types::{Census, Choice, Claim, Owner, Record, SlotState};
 
-/// Slots of one class. All but the allocated ones are of owned blocks.
+/// Slots of one class. All but the allocated ones are of owned blocks, and those that are to be had of blocks that are given out from.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub(super) struct Queues {
     /// Never used.
@@ -25,22 +25,34 @@ pub(super) struct Queues {
 }
 
 impl Queues {
-    pub(super) fn put(&mut self, record: &Record, owned: bool) {
+    pub(super) fn put(&mut self, record: &Record, claim: Option<Claim>) {
         let (slot, sequence) = (record.slot, record.sequence);
         self.fresh.remove(&slot);
         let queue = match &record.state {
             SlotState::Allocated { owner, .. } => {
                 self.allocated += 1;
-                *self.holders.entry(holder(owner).to_owned()).or_default() += 1;
+                match self.holders.get_mut(holder(owner)) {
+                    Some(held) => *held += 1,
+                    None => {
+                        self.holders.insert(holder(owner).to_owned(), 1);
+                    }
+                }
                 return;
             }
             SlotState::Cooling { .. } => &mut self.cooling,
             SlotState::Quarantined { .. } => &mut self.quarantined,
-            SlotState::Free => &mut self.free,
+            SlotState::Free if claim.is_some_and(Claim::gives) => &mut self.free,
+            SlotState::Free => return,
         };
-        if owned {
+        if claim.is_some_and(Claim::is_owned) {
             queue.insert(sequence, slot);
         }
+    }
+
+    /// Nothing of the block is given out any more.
+    pub(super) fn hold(&mut self, block: BlockId) {
+        self.fresh.retain(|slot| slot.block() != block);
+        self.free.retain(|_, slot| slot.block() != block);
     }
 
     pub(super) fn remove(&mut self, record: &Record) {
@@ -55,14 +67,21 @@ impl Queues {
             }
             return;
         }
-        for queue in self.all() {
+        // What cools may be among those that wait.
+        let queues = match &record.state {
+            SlotState::Free => [Some(&mut self.free), None],
+            SlotState::Quarantined { .. } => [Some(&mut self.quarantined), None],
+            SlotState::Cooling { .. } => [Some(&mut self.cooling), Some(&mut self.waiting)],
+            SlotState::Allocated { .. } => [None, None],
+        };
+        for queue in queues.into_iter().flatten() {
             queue.remove(&record.sequence);
         }
     }
 
     /// The block is another node's from now on.
     pub(super) fn lose(&mut self, block: BlockId) {
-        self.fresh.retain(|slot| slot.block() != block);
+        self.hold(block);
         for queue in self.all() {
             queue.retain(|_, slot| slot.block() != block);
         }

@@ -152,17 +152,66 @@ pub struct Record {
     pub state: SlotState,
 }
 
+/// How a node stands to a block that is or was its own.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standing {
+    /// It is another's by now, or nobody's.
+    Returned,
+    /// It is in the store, and whoever gives blocks has not heard so: nothing of it is given out.
+    Taken,
+    /// Its slots are given out.
+    #[default]
+    Confirmed,
+    /// Nothing more of it is given out. Its slots cool and are looked at as ever, until it can be returned.
+    Draining,
+}
+
+/// A block that is or was this node's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Claim {
+    /// The number of owners so far, this one included (`IPAMBlock` spec.epoch): with 1 nobody had the block before; 0: not known.
+    pub epoch: u64,
+    /// How this node stands to it.
+    pub standing: Standing,
+}
+
+impl Claim {
+    /// Given out from, by the first owner.
+    pub const FIRST: Self = Self {
+        epoch: 1,
+        standing: Standing::Confirmed,
+    };
+
+    /// The same claim, another standing.
+    pub fn to(self, standing: Standing) -> Self {
+        Self { standing, ..self }
+    }
+
+    /// Whether it is this node's.
+    pub fn is_owned(self) -> bool {
+        self.standing != Standing::Returned
+    }
+
+    /// Whether slots of it are given out.
+    pub fn gives(self) -> bool {
+        self.standing == Standing::Confirmed
+    }
+}
+
 /// Something that must be durable before the reply is told, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Effect {
     /// Store the record under its slot.
     PutSlot(Record),
-    /// Store whether the block is ours.
+    /// Store how the node stands to the block.
     PutBlock {
         /// The block.
         block: BlockId,
-        /// `false`: it was.
-        owned: bool,
+        /// How.
+        claim: Claim,
     },
     /// Store the boot to which all `since` belong.
     PutBoot(BootId),
@@ -178,7 +227,7 @@ pub struct Snapshot {
     /// Not zero: the store was rebuilt, and what an unknown slot's generation was is not known, except that it was lower.
     pub floor: u64,
     /// Every block ever owned.
-    pub blocks: BTreeMap<BlockId, bool>,
+    pub blocks: BTreeMap<BlockId, Claim>,
     /// Every slot ever used.
     pub records: BTreeMap<Slot, Record>,
 }
@@ -190,8 +239,8 @@ impl Snapshot {
             Effect::PutSlot(record) => {
                 self.records.insert(record.slot, record);
             }
-            Effect::PutBlock { block, owned } => {
-                self.blocks.insert(block, owned);
+            Effect::PutBlock { block, claim } => {
+                self.blocks.insert(block, claim);
             }
             Effect::PutBoot(boot) => self.boot = Some(boot),
             Effect::PutFloor(floor) => self.floor = floor,
@@ -254,7 +303,7 @@ pub enum Command {
         class: SlotClass,
     },
     /// A slot for the key out of these: the one it has if it is one of them, else the first that is free. A fixed address cools
-    /// like any other.
+    /// like any other, but for the attachment that had it last: it alone can be meant by whoever still sends there.
     AllocateOf {
         /// For whom.
         owner: Owner,
@@ -282,10 +331,12 @@ pub enum Command {
         /// How far every node's proxy is.
         watermark: Option<Watermark>,
     },
-    /// The blocks that this node owns from now on. Live allocations in other blocks stay until released.
+    /// The blocks that this node owns and gives out from now on, where nobody had them before. Live allocations in other blocks stay
+    /// until released.
     SetBlocks(BTreeSet<BlockId>),
-    /// The same, where it is known whether a block had another owner before (`true`): its addresses cool before they are used here.
-    SetClaims(BTreeMap<BlockId, bool>),
+    /// The same, with how the node stands to each. Addresses of a block that another node had, or may have had since this one did,
+    /// cool before they are used here.
+    SetClaims(BTreeMap<BlockId, Claim>),
     /// Only let time pass.
     Tick,
 }
@@ -301,7 +352,8 @@ pub struct Allocation {
     pub owner: Owner,
 }
 
-/// How many slots of a class are in which state. All but the first count owned blocks only.
+/// How many slots of a class are in which state. All but the first count owned blocks only, and the last only those that are given
+/// out from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Census {
     /// In use.

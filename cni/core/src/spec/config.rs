@@ -119,7 +119,7 @@ impl NetworkConfig {
         let version = match raw.get("cniVersion") {
             Some(Value::String(text)) => Version::parse(text)?,
             // §1: a file without a version is one of 0.1.0.
-            None => Version::parse("0.1.0")?,
+            None => Version::parse("")?,
             Some(other) => return Err(field("cniVersion", other, "it is text, as \"1.1.0\"")),
         };
         let name = match raw.get("name") {
@@ -327,7 +327,7 @@ mod tests {
             ),
             (
                 json!({"name": "kun"}),
-                "cniVersion `0.1.0` is not supported; supported: 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0",
+                "cniVersion: missing, which stands for 0.1.0, and that is not supported; supported: 0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0",
             ),
             (
                 with("cniVersion", json!(1)),

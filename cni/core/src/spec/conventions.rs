@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use serde_json::{Map, Value};
 
 use super::config::{ConfigError, field};
+use super::quantity::quantity;
 use crate::plan::Mac;
 
 /// The pod's annotation that decides its class.
@@ -352,7 +353,10 @@ fn range(path: &str, entry: &Value) -> Result<AddressRange, ConfigError> {
     let Value::Object(map) = entry else {
         return Err(field(path, entry, "it is {\"subnet\": \"10.64.0.0/24\"}"));
     };
-    if map.get("gateway").is_some_and(|g| !g.is_null()) {
+    let map = spelled(map, &["gateway", "subnet", "rangeStart", "rangeEnd"]);
+    // containerd writes what is not given as empty text.
+    let given = |value: &&Value| !value.is_null() && value.as_str() != Some("");
+    if map.get("gateway").filter(given).is_some() {
         return Err(ConfigError::Unsupported {
             field: format!("{path}.gateway"),
             instead: "a pod's next hop is link-local: leave it out",
@@ -370,8 +374,8 @@ fn range(path: &str, entry: &Value) -> Result<AddressRange, ConfigError> {
             "its host bits are zero",
         ));
     }
-    let bound = |key: &str, default: IpAddr| match map.get(key) {
-        None | Some(Value::Null) => Ok(default),
+    let bound = |key: &str, default: IpAddr| match map.get(key).filter(given) {
+        None => Ok(default),
         Some(value) => {
             let path = format!("{path}.{key}");
             let ip = address(&path, value)?;
@@ -422,6 +426,8 @@ fn bandwidth(
 ) -> Result<(Option<RateLimit>, Option<RateLimit>), ConfigError> {
     const PATH: &str = "runtimeConfig.bandwidth";
     let map = object(runtime, "bandwidth", PATH)?;
+    let keys = ["ingressRate", "ingressBurst", "egressRate", "egressBurst"];
+    let map = spelled(&map, &keys);
     let number = |key: &str| match map.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(value) => value
@@ -477,40 +483,6 @@ fn sane(path: &str, bits: NonZeroU64) -> Result<NonZeroU64, ConfigError> {
     }
 }
 
-/// A Kubernetes quantity of whole units: `1500000`, `10M`, `64Ki`, `1e6`, `1.5G`.
-fn quantity(text: &str) -> Option<NonZeroU64> {
-    let end = text
-        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
-        .unwrap_or(text.len());
-    let (number, suffix) = text.split_at(end);
-    let factor: u64 = match suffix {
-        "" => 1,
-        "k" => 1_000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        "T" => 1_000_000_000_000,
-        "P" => 1_000_000_000_000_000,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        "Ti" => 1 << 40,
-        "Pi" => 1 << 50,
-        exponent => {
-            let power = exponent.strip_prefix(['e', 'E'])?.parse().ok()?;
-            10_u64.checked_pow(power)?
-        }
-    };
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    if whole.is_empty() && fraction.is_empty() {
-        return None;
-    }
-    let digits = u32::try_from(fraction.len()).ok()?;
-    let scale = 10_u128.checked_pow(digits)?;
-    let number: u128 = format!("{whole}{fraction}").parse().ok()?;
-    let bits = number.checked_mul(factor.into())?.div_ceil(scale);
-    NonZeroU64::new(u64::try_from(bits).ok()?)
-}
-
 fn ports(runtime: &Map<String, Value>) -> Result<Vec<PortMapping>, ConfigError> {
     let path = "runtimeConfig.portMappings";
     let entries = list(runtime, "portMappings", path)?;
@@ -536,6 +508,19 @@ fn ports(runtime: &Map<String, Value>) -> Result<Vec<PortMapping>, ConfigError> 
     Ok(ports)
 }
 
+/// The conventions' spelling of keys that differ from it in case: Go's decoder, which every other plugin reads with, takes them all,
+/// and containerd writes `HostPort`.
+fn spelled(map: &Map<String, Value>, keys: &[&str]) -> Map<String, Value> {
+    let mut out = map.clone();
+    for &key in keys {
+        let other = map.iter().find(|(k, _)| k.eq_ignore_ascii_case(key));
+        if let Some((_, value)) = other.filter(|_| !map.contains_key(key)) {
+            out.insert(key.to_owned(), value.clone());
+        }
+    }
+    out
+}
+
 fn port(path: &str, entry: &Value) -> Result<PortMapping, ConfigError> {
     let Value::Object(map) = entry else {
         return Err(field(
@@ -544,6 +529,7 @@ fn port(path: &str, entry: &Value) -> Result<PortMapping, ConfigError> {
             "it is {\"hostPort\", \"containerPort\", \"protocol\", \"hostIP\"}",
         ));
     };
+    let map = spelled(map, &["hostPort", "containerPort", "protocol", "hostIP"]);
     let number = |key: &str| {
         let value = map.get(key).unwrap_or(&Value::Null);
         value
@@ -590,6 +576,15 @@ fn dns(
             continue;
         };
         let dns = object(map, "dns", path)?;
+        let keys = [
+            "nameservers",
+            "servers",
+            "search",
+            "searches",
+            "options",
+            "domain",
+        ];
+        let dns = spelled(&dns, &keys);
         // The `dns` capability calls them otherwise than the result does.
         let pairs = [
             ("nameservers", "servers", "nameservers"),
@@ -603,7 +598,11 @@ fn dns(
             let list = list(&dns, key, &path)?;
             for (i, entry) in list.iter().enumerate() {
                 let right = match (told, entry.as_str()) {
-                    ("nameservers", Some(text)) => text.parse::<IpAddr>().is_ok(),
+                    // A host's resolv.conf may name one on a link: `fe80::1%eth0`.
+                    ("nameservers", Some(text)) => {
+                        let address = text.split_once('%').map_or(text, |(address, _)| address);
+                        address.parse::<IpAddr>().is_ok()
+                    }
                     (_, text) => text.is_some_and(|t| !t.is_empty()),
                 };
                 if !right {

@@ -5,6 +5,7 @@ mod config;
 mod conventions;
 mod env;
 mod failure;
+mod quantity;
 mod result;
 mod version;
 

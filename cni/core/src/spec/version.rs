@@ -19,10 +19,20 @@ pub enum Version {
 
 /// A version that is not spoken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("cniVersion `{asked}` is not supported; supported: {}", Version::ALL.map(Version::as_str).join(", "))]
+#[error("{} is not supported; supported: {}", self.told(), Version::ALL.map(Version::as_str).join(", "))]
 pub struct UnsupportedVersion {
-    /// What was asked for.
+    /// What was asked for; empty: nothing.
     pub asked: String,
+}
+
+impl UnsupportedVersion {
+    /// Whoever wrote no version looks for the word 0.1.0 in vain.
+    fn told(&self) -> String {
+        match self.asked.as_str() {
+            "" => "cniVersion: missing, which stands for 0.1.0, and that".to_owned(),
+            asked => format!("cniVersion `{asked}`"),
+        }
+    }
 }
 
 impl Version {

@@ -129,7 +129,7 @@ pub fn follow(source: &str, path: &Path) -> anyhow::Result<Followed> {
                 .for_each(|delta| drop(store.apply(delta))),
             Event::Synced => break,
             Event::Trouble(trouble) => anyhow::bail!("{trouble}"),
-            Event::Partial | Event::Whole => anyhow::bail!("not whole"),
+            Event::Partial | Event::Whole | Event::Reached(..) => anyhow::bail!("not whole"),
         }
     }
     let followed = Followed {

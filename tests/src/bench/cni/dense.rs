@@ -1,4 +1,6 @@
-//! The densest node in use: the real agent's memory, and an ADD there.
+//! Figures of the part `dense`, the densest node in use: the real agent's memory, and an ADD there.
+
+use kun_cluster::crd::block_name;
 
 use super::*;
 
@@ -12,17 +14,18 @@ const TIMED: usize = 100;
 const AGENT_STARTS_WITHIN: Duration = Duration::from_secs(60);
 
 /// The real agent with the densest node's attachments: its memory, and an ADD there.
-pub(super) fn run(context: &Context) -> Result<Vec<Row>> {
+pub fn run(context: &Context) -> Result<Vec<Row>> {
     let dir = context.scratch().join("dense");
     std::fs::create_dir_all(dir.join("manifests"))?;
     let cgroup = kun_harness::Cgroup::new()?;
     let bpffs = kun_harness::BpfFs::new()?;
     let mut manifests = String::from(
-        "apiVersion: v1\nkind: Node\nmetadata: {name: n}\nstatus: {addresses: [{type: InternalIP, address: 192.0.2.2}]}\n",
+        "apiVersion: v1\nkind: Node\nmetadata: {name: bench}\nstatus: {addresses: [{type: InternalIP, address: 192.0.2.2}]}\n",
     );
-    for (i, block) in blocks(64).iter().enumerate() {
+    for block in blocks(64) {
         manifests += &format!(
-            "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {{name: b{i}}}\nspec: {{first: {}, node: n}}\n",
+            "---\napiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {{name: {}}}\nspec: {{first: {}, node: bench}}\n",
+            block_name(block),
             block.first()
         );
     }
@@ -30,7 +33,7 @@ pub(super) fn run(context: &Context) -> Result<Vec<Row>> {
     let file = dir.join("kun.yaml");
     let socket = dir.join("agent.sock");
     let text = json!({
-        "node": {"name": "n"},
+        "node": {"name": "bench"},
         "cluster": {"folder": dir.join("manifests")},
         "ipam": {"podPrefix": "fd00:64::/96", "v4Pools": ["10.64.0.0/16"], "defaultClass": "dual", "mtu": 1500},
         "proxy": {"cgroupRoot": cgroup.path()},

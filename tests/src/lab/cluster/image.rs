@@ -43,7 +43,11 @@ pub fn write(programs: &[PathBuf], to: &Path) -> Result<()> {
         let manifest =
             json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [layer]});
         let mut manifest = archive.blob(MANIFEST, manifest.to_string().as_bytes())?;
-        manifest["annotations"] = json!({"io.containerd.image.name": name});
+        // containerd finds an image by the one, podman by the other.
+        manifest["annotations"] = json!({
+            "io.containerd.image.name": name,
+            "org.opencontainers.image.ref.name": name,
+        });
         manifests.push(manifest);
     }
     let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests});

@@ -64,26 +64,22 @@ impl Runtime {
             hostname: machine.name.to_owned(),
         };
         let room = Room::open(&places.program("kun-lab")?, &plan, netns)?;
-        let mut containerd = Command::new(peers::path("containerd"));
-        containerd
-            .arg("--config")
-            .arg(directory.join("containerd.toml"));
-        containerd.env("PATH", path()?);
-        let log = directory.join("containerd.log");
-        let mut containerd = room.wrap(&containerd);
-        logged(&mut containerd, &log)?;
         let mut runtime = Self {
-            containerd: netns.spawn(containerd)?,
+            containerd: spawn(&room, &directory, netns)?,
             room,
             kubelet: None,
             machine,
             directory,
         };
-        runtime
-            .answers(netns)
-            .with_context(|| format!("{}: {}", machine.name, last_line(&log)))?;
+        runtime.answers(netns)?;
         runtime.import(netns, image)?;
         Ok(runtime)
+    }
+
+    /// Starts containerd again, after it was killed: sandboxes live on with their shims.
+    pub fn start_containerd(&mut self, netns: &Netns) -> Result<()> {
+        self.containerd = spawn(&self.room, &self.directory, netns)?;
+        self.answers(netns)
     }
 
     fn answers(&mut self, netns: &Netns) -> Result<()> {
@@ -95,10 +91,17 @@ impl Runtime {
             }
             let output = netns.output(room.wrap(&question)).ok()?;
             output.status.success().then_some(true)
-        })?;
-        match there {
+        });
+        let told = || {
+            format!(
+                "{}: {}",
+                self.machine.name,
+                last_line(&log(&self.directory))
+            )
+        };
+        match there.with_context(told)? {
             true => Ok(()),
-            false => bail!("containerd ended"),
+            false => bail!("containerd ended: {}", told()),
         }
     }
 
@@ -219,8 +222,23 @@ impl Runtime {
     }
 }
 
+fn log(directory: &Path) -> PathBuf {
+    directory.join("containerd.log")
+}
+
+fn spawn(room: &Room, directory: &Path, netns: &Netns) -> Result<Process> {
+    let mut containerd = Command::new(peers::path("containerd"));
+    containerd
+        .arg("--config")
+        .arg(directory.join("containerd.toml"))
+        .env("PATH", path()?);
+    let mut containerd = room.wrap(&containerd);
+    logged(&mut containerd, &log(directory))?;
+    netns.spawn(containerd)
+}
+
 /// Inside the room.
-const SOCKET: &str = "/run/containerd/containerd.sock";
+pub const SOCKET: &str = "/run/containerd/containerd.sock";
 
 /// containerd finds its shim, and the kubelet its mount helpers, by PATH.
 fn path() -> Result<std::ffi::OsString> {

@@ -77,7 +77,7 @@ impl Watch {
             lane,
             serial: self.serial,
         };
-        let mut path = self.resource.collection(None);
+        let mut path = self.resource.collection(self.scope.namespace());
         for (i, (key, value)) in query.iter().enumerate() {
             path.push(if i == 0 { '?' } else { '&' });
             path.push_str(key);
