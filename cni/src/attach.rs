@@ -26,6 +26,7 @@ pub(crate) fn add(
     config: &Config,
 ) -> Result<Success, Failure> {
     let wishes = network.wishes(&attachment.args)?;
+    served(&wishes)?;
     let key = key(attachment, network);
     let netns = Netns::open(netns_path)?;
     let mtu = match config.ipam.mtu {
@@ -67,6 +68,24 @@ pub(crate) fn add(
         all.dns = dns;
     }
     Ok(all)
+}
+
+/// What no program translates is refused at once and for good: trying again changes nothing.
+fn served(wishes: &Wishes) -> Result<(), Failure> {
+    match wishes
+        .ports
+        .iter()
+        .find(|port| port.protocol == spec::Transport::Sctp)
+    {
+        None => Ok(()),
+        Some(port) => Err(Failure::new(
+            Code::UnsupportedField,
+            format!(
+                "portMappings: host port {} for SCTP: kun translates TCP and UDP alone; give the pod hostNetwork, or let its clients reach its own address",
+                port.host_port
+            ),
+        )),
+    }
 }
 
 /// Limits and host ports are programs, and those are the agent's: they are not silently left out.

@@ -127,6 +127,17 @@ fn limits_and_host_ports_reach_the_agent_and_are_refused_without_one() {
             .starts_with("bandwidth, portMappings: the node agent does this, and none answers at "),
         "{error}"
     );
+    // With an agent or without, now or later: no program translates it.
+    let sctp = json!({"portMappings": [
+        {"hostPort": 3868, "containerPort": 3868, "protocol": "sctp"},
+    ]});
+    let error = add(&node, &pod, sctp).unwrap_err();
+    assert_eq!(error["code"], 2, "{error}");
+    assert!(
+        details(&error).starts_with("portMappings: host port 3868 for SCTP: "),
+        "{error}"
+    );
+    assert_eq!(node.leavings(), "");
     let agent = node.agent(2);
     add(&node, &pod, more).unwrap();
     let asked = agent.join().unwrap();

@@ -89,7 +89,7 @@ fn spawn(member: usize, operations: usize, directory: &Path) -> Child {
             format!("{member} {operations} {}", directory.display()),
         )
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
+        .stderr(Stdio::inherit())
         .spawn()
         .unwrap()
 }
