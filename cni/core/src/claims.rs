@@ -5,8 +5,8 @@
 //!
 //! - A block is in the store before it is confirmed, and is given out from only after the confirmation was taken by compare-and-swap.
 //!   A view that is too old fails there.
-//! - A block has left the store before `Drained` is said. Once it left, no claim of the same epoch brings it back: what says so was
-//!   written before.
+//! - A block has left the store before `Drained` is said, and left it empty. What is said of the same epoch later was written before, and does
+//!   not bring it back; one that left with pods in it, because it was lost from sight, is ours until they are gone.
 //! - Another epoch means that another node may have had the block in between, so everything in it cools.
 
 use std::collections::BTreeMap;
@@ -89,9 +89,13 @@ pub fn next(said: Option<Said>, held: Option<Claim>, in_use: u32, returning: boo
         return Some(Move::Store(claim(Standing::Returned)));
     }
     match standing {
-        Standing::Returned if said.counted => {
-            (said.phase != Phase::Drained).then_some(Move::Tell(Phase::Drained))
+        Standing::Returned if said.counted && said.phase == Phase::Drained => None,
+        // It was lost from sight with pods in it, and is ours all the same. It is not drained before they are gone and forgotten, and used
+        // again only after a confirmation that is taken.
+        Standing::Returned if said.counted && in_use > 0 => {
+            Some(Move::Store(claim(Standing::Draining)))
         }
+        Standing::Returned if said.counted => Some(Move::Tell(Phase::Drained)),
         Standing::Returned => (!draining).then_some(Move::Store(claim(Standing::Taken))),
         Standing::Taken | Standing::Confirmed if draining => {
             Some(Move::Store(claim(Standing::Draining)))
@@ -285,6 +289,15 @@ mod tests {
                 Some(Move::Tell(Phase::Drained))
             );
         }
+        // It was lost from sight, with a pod in it.
+        assert_eq!(
+            next(Some(said(Phase::Confirmed)), held(3, Returned), 1, false),
+            store(3, Draining)
+        );
+        assert!(matches!(
+            next(Some(said(Phase::Confirmed)), held(3, Draining), 1, false),
+            Some(Move::Confirm(_))
+        ));
         // The store is.
         for standing in [Taken, Confirmed, Draining] {
             assert_eq!(

@@ -63,6 +63,8 @@ enum Mutant {
     DrainedBeforeHeld,
     /// An old view brings back what was returned.
     ReturnForgotten,
+    /// What was lost from sight with a pod in it is said to be drained when it is seen again.
+    LostIsDrained,
 }
 
 /// The IPAMBlock.
@@ -96,6 +98,7 @@ struct World {
     truth: u64,
     released: BTreeMap<Slot, u64>,
     crashes: u8,
+    lost: bool,
     moved: bool,
     broken: Option<&'static str>,
 }
@@ -104,6 +107,8 @@ struct World {
 enum Action {
     /// The node reads the newest.
     Watch(usize),
+    /// The view loses the block, though it is there: a Node that is not seen for a while.
+    Lose(usize),
     /// The next step of the block.
     Step(usize),
     /// The same, and the process dies between its write to the object and its write to the store; it reads what is so old then.
@@ -195,6 +200,7 @@ impl Histories {
         let mut in_use = allocated + cooling;
         match self.mutant {
             Some(Mutant::DrainedInUse) => in_use = 0,
+            Some(Mutant::LostIsDrained) if held.is_some_and(|h| !h.is_owned()) => in_use = 0,
             Some(Mutant::DrainedBeforeHeld)
                 if in_use == 0
                     && held.is_some_and(Claim::gives)
@@ -284,6 +290,7 @@ impl Model for Histories {
             truth: 0,
             released: BTreeMap::new(),
             crashes: 0,
+            lost: false,
             moved: false,
             broken: None,
         }]
@@ -297,6 +304,9 @@ impl Model for Histories {
             let at = &world.nodes[node];
             if at.view != world.object {
                 actions.push(Action::Watch(node));
+            }
+            if !world.lost && at.view.node == node {
+                actions.push(Action::Lose(node));
             }
             if self.decide(world, node).is_some() {
                 actions.push(Action::Step(node));
@@ -329,6 +339,14 @@ impl Model for Histories {
     fn next_state(&self, world: &World, action: Action) -> Option<World> {
         let mut after = world.clone();
         match action {
+            Action::Lose(node) => {
+                after.lost = true;
+                after.nodes[node].view = Object {
+                    version: 0,
+                    node: 1 - node,
+                    ..after.object
+                };
+            }
             Action::Watch(node) => after.nodes[node].view = after.object,
             Action::Step(node) => self.step(&mut after, node, None),
             Action::StepCut(node, view) => {
@@ -443,8 +461,8 @@ fn no_history_breaks_an_invariant() {
 }
 
 /// Each bug with a history that meets it; some lie deeper than a test searches.
-fn histories() -> [(Mutant, Vec<Action>); 6] {
-    use Action::{Add, HandOver, Return, Revoke, Step, StepCut, Time, Watch};
+fn histories() -> [(Mutant, Vec<Action>); 7] {
+    use Action::{Add, HandOver, Lose, Return, Revoke, Step, StepCut, Time, Watch};
     let confirmed = [Step(0), Step(0)];
     let other = [HandOver, Watch(1), Step(1), Step(1)];
     let list = |parts: &[&[Action]]| parts.concat();
@@ -467,6 +485,15 @@ fn histories() -> [(Mutant, Vec<Action>); 6] {
         (
             Mutant::DrainedBeforeHeld,
             list(&[&confirmed, &[Revoke, Watch(0), Step(0)], &other]),
+        ),
+        (
+            Mutant::LostIsDrained,
+            list(&[
+                &confirmed,
+                &[Add(0), Lose(0), Step(0), Watch(0), Step(0)],
+                &other,
+                &[Time, Add(1)],
+            ]),
         ),
         (
             Mutant::ReturnForgotten,

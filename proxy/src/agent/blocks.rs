@@ -418,6 +418,14 @@ impl Keeper {
         let mut failed = Ok(());
         for class in CLASSES {
             let supply = self.supply(class, owned, standings, now)?;
+            // The first block comes unasked, where there is any.
+            if supply.blocks.is_empty() {
+                self.appetites.remove(&class);
+                let mut seen = self.blocks.seen();
+                seen.counted.entry(class).or_default().wanted = 0;
+                seen.asks.remove(&class);
+                continue;
+            }
             let appetite = self.appetites.entry(class).or_default();
             let wants = appetite.look(&supply, self.config.ipam.return_blocks_after, now);
             let asks = appetite.asks();
@@ -433,7 +441,7 @@ impl Keeper {
             let of_class = || owned.iter().filter(|held| held.block.class() == class);
             let spoke = of_class().any(|held| held.word.wanted.is_some());
             // Who never wanted more than was given has nothing to say.
-            let said = match has > 0 && (wants.blocks != has || spoke) {
+            let said = match wants.blocks != has || spoke {
                 true => self.giver.want(owned, class, wants.blocks),
                 false => Ok(()),
             };

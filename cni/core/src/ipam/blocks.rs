@@ -1,10 +1,11 @@
-//! Blocks that come and go: what is taken over cools unless nobody can have used it, what is given back keeps its epoch.
+//! Blocks come and go: which slots can be had, which cool first, and what is kept of a block that was returned.
 
 use std::collections::BTreeMap;
 
 use kun_config::types::{BlockId, Slot};
 
-use super::{BootTime, Claim, Effect, Ipam, MAX_BLOCKS, Reply, SlotState, Standing};
+use super::types::{BootTime, Claim, Effect, Reply, SlotState, Standing};
+use super::{Ipam, MAX_BLOCKS};
 
 impl Ipam {
     pub(super) fn set_claims(
