@@ -66,14 +66,23 @@ impl Allocator {
         }
     }
 
-    /// [`Allocator::ask`] for a slot. Alone, one that cannot be had for want of evidence is asked for again once that was
-    /// gathered; an agent gathers by itself. The second part: why that could not be done.
+    /// [`Allocator::ask`] for a slot. Alone, one that cannot be had for want of a block or of evidence is asked for again once the
+    /// listed blocks were taken and the evidence was gathered; an agent does so by itself. The second part: why that could not be done.
     pub(crate) fn ask_for_slot(
         &mut self,
         request: &Request,
         config: &Config,
     ) -> Result<(Response, Option<String>), AllocatorError> {
-        let answer = self.ask(request)?;
+        let mut answer = self.ask(request)?;
+        if let Self::Alone(service) = self
+            && lacks_slots(&answer)
+        {
+            match alone::take_listed(service, config, clock::now()) {
+                Ok(true) => answer = self.ask(request)?,
+                Ok(false) => {}
+                Err(error) => return Ok((answer, Some(error.to_string()))),
+            }
+        }
         let service = match self {
             Self::Alone(service) if lacks_evidence(&answer) => service,
             Self::Alone(_) | Self::Agent(_) => return Ok((answer, None)),
@@ -82,6 +91,16 @@ impl Allocator {
             Ok(()) => Ok((self.ask(request)?, None)),
             Err(error) => Ok((answer, Some(error.to_string()))),
         }
+    }
+}
+
+/// The blocks that are known do not have it.
+fn lacks_slots(answer: &Response) -> bool {
+    match answer {
+        Response::Exhausted { .. } => true,
+        Response::Unavailable { because, .. } => *because == Unavailable::NotOurs,
+        Response::Capacity { free, .. } => *free == 0,
+        _ => false,
     }
 }
 

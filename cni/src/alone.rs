@@ -1,4 +1,5 @@
-//! Evidence that released addresses are forgotten, gathered by the plugin where no agent does: by an ADD that would fail without.
+//! What the plugin does itself where no agent does it, when an ADD would fail without: it takes the blocks that manifests list for
+//! this node, and gathers the evidence that released addresses are forgotten.
 //!
 //! What is asked for stays what the cluster's source can give ([`Needs`](kun_cni_core::ipam::Needs)), so that an agent that is
 //! away for a while and a node that never had one are judged alike. The node is looked at as the agent does. A folder of manifests
@@ -12,11 +13,13 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use kun_cluster_core::{Object, parse_manifest};
-use kun_config::types::PodPrefix;
+use kun_cluster_core::{Manifest, Object, parse_manifest};
+use kun_config::types::{BlockId, PodPrefix};
 use kun_config::{ClusterSource, Config};
 
-use crate::ipam::{BootTime, ClusterLook, IpamError, IpamService, Look, Unforgotten};
+use crate::ipam::{
+    BootTime, Claim, ClusterLook, IpamError, IpamService, Look, Standing, Unforgotten,
+};
 use crate::look::{Sight, addresses};
 use crate::netlink::NetlinkError;
 
@@ -48,6 +51,54 @@ pub(crate) enum GatherError {
     /// Kubernetes.
     #[error("the cluster is read from the API, by the node agent alone; start kun-proxy")]
     Api,
+}
+
+/// Takes the blocks that the folder lists for this node and the store knows nothing of; whether there was one. None is given back here:
+/// that a block is listed no more an agent will see.
+pub(crate) fn take_listed(
+    service: &IpamService,
+    config: &Config,
+    now: BootTime,
+) -> Result<bool, GatherError> {
+    let ClusterSource::Folder(path) = &config.cluster else {
+        return Ok(false);
+    };
+    let mut listed: BTreeMap<BlockId, Option<Claim>> = BTreeMap::new();
+    read(path, |file, text| {
+        for object in &manifest(file, text)?.objects {
+            if let Object::IpamBlock(block) = object {
+                let spec = &block.spec;
+                // Which Node has this UID an agent knows.
+                let ours = **block.node() == *config.node.name && spec.node_uid.is_none();
+                let claim = (ours && !spec.draining).then(|| Claim {
+                    epoch: u64::try_from(spec.epoch).unwrap_or_default(),
+                    standing: Standing::Confirmed,
+                });
+                // Of two files with one object the first in path order wins.
+                listed.entry(block.block()).or_insert(claim);
+            }
+        }
+        Ok(())
+    })
+    .map_err(|what| GatherError::Folder {
+        path: path.to_owned(),
+        what,
+    })?;
+    let known = service.standings(now)?;
+    let mut claims: BTreeMap<BlockId, Claim> = known
+        .iter()
+        .map(|(block, (claim, ..))| (*block, *claim))
+        .collect();
+    for (block, claim) in listed {
+        if let Some(claim) = claim {
+            claims.entry(block).or_insert(claim);
+        }
+    }
+    if claims.len() == known.len() {
+        return Ok(false);
+    }
+    service.set_claims(&claims, now)?;
+    Ok(true)
 }
 
 /// Looks at everything that rests. What is missing is remembered as the reason why a slot is not free.
@@ -133,14 +184,17 @@ fn in_folder(
     Ok(held)
 }
 
-/// Addresses that the objects of a file hold.
-fn holders(file: &Path, text: &str) -> Result<Vec<(IpAddr, String)>, String> {
-    let manifest = parse_manifest(&file.to_string_lossy(), text).map_err(|faults| {
+fn manifest(file: &Path, text: &str) -> Result<Manifest, String> {
+    parse_manifest(&file.to_string_lossy(), text).map_err(|faults| {
         let first = faults.0.first();
         first.map_or_else(|| "it is wrong".to_owned(), ToString::to_string)
-    })?;
+    })
+}
+
+/// Addresses that the objects of a file hold.
+fn holders(file: &Path, text: &str) -> Result<Vec<(IpAddr, String)>, String> {
     let mut held = Vec::new();
-    for object in &manifest.objects {
+    for object in &manifest(file, text)?.objects {
         match object {
             Object::EndpointSlice(slice) => held.extend(slice.endpoints.iter().map(|endpoint| {
                 let (name, address) = (&slice.meta.name, endpoint.address);

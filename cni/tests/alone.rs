@@ -29,6 +29,45 @@ fn node() -> Node {
     node
 }
 
+/// Nobody but the plugin is there to read which blocks the node has.
+#[test]
+fn listed_blocks_are_taken_by_the_plugin() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::without_blocks("split");
+    let pod = Pod::new("c1", true);
+    let status = || {
+        let vars = [("CNI_COMMAND", "STATUS")];
+        node::answer(&node.execute(&vars, node.network().to_string().as_bytes()))
+    };
+    let refused = status().unwrap_err();
+    assert!(details(&refused).contains("no slot is free"), "{refused}");
+    let error = node.add(&pod).unwrap_err();
+    assert_eq!(error["code"], 11, "{error}");
+    let block = |first: &str, node: &str| {
+        format!(
+            "apiVersion: kun.network/v1alpha1\nkind: IPAMBlock\nmetadata: {{name: block-{}}}\nspec: {{first: {first}, node: {node}}}\n",
+            first.replace('.', "-")
+        )
+    };
+    let manifests = node.dir.path().join("manifests");
+    let text = [block("10.64.0.64", "other"), block("10.64.0.128", "bench")].join("---\n");
+    std::fs::write(manifests.join("blocks.yaml"), &text).unwrap();
+    assert!(node.add(&pod).is_err(), "other nodes' blocks");
+    let mine = [block("10.64.0.192", "\"n\""), block("240.0.0.64", "\"n\"")].join("---\n");
+    std::fs::write(manifests.join("mine.yaml"), mine).unwrap();
+    // What is wrong in a file may be what says whose the block is.
+    std::fs::write(manifests.join("0.yaml"), "kind: [").unwrap();
+    let error = node.add(&pod).unwrap_err();
+    assert!(details(&error).contains("0.yaml"), "{error}");
+    std::fs::remove_file(manifests.join("0.yaml")).unwrap();
+    status().unwrap();
+    let result = node.add(&pod).unwrap();
+    assert_eq!(address(&result, false).unwrap(), "10.64.0.192");
+    node.add(&Pod::new("c2", false)).unwrap();
+}
+
 /// All but so many slots of the block are somebody's.
 fn leave(node: &Node, free: u32) {
     let service = node.service();

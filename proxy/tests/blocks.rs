@@ -269,7 +269,8 @@ fn an_agent_killed_at_any_step_gives_no_address_twice() {
         (blocks[0].standing.as_str(), blocks[0].epoch),
         ("confirmed", 2)
     );
-    assert_eq!(pools[0].wanted, 1);
+    // Everything in it cooled when it came: another may have been asked for meanwhile.
+    assert!((1..=2).contains(&pools[0].wanted), "{pools:?}");
 
     // Its Node is deleted, and made again under its name: it has no block, and says so to whoever asks.
     lab.plane

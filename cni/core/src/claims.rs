@@ -153,7 +153,10 @@ impl Appetite {
         let mut returning = self
             .returning
             .filter(|block| supply.blocks.contains_key(block));
-        let low = supply.free < LOW && supply.coming == 0;
+        // Blocks that another had cool when they come: with two of them more asking would bring more that cool.
+        let rests = |used: &&(u32, u32)| used.0 == 0 && used.1 > BLOCK_SLOTS - LOW;
+        let resting = supply.blocks.values().filter(rests).count();
+        let low = supply.free < LOW && supply.coming == 0 && resting < 2;
         if low {
             // What was to go back is the nearest block there is.
             if returning.take().is_none() {
@@ -392,6 +395,9 @@ mod tests {
         // Given and not confirmed yet: not asked for twice.
         assert_eq!(wants(&[(64, 0), (0, 0)], 1, 10), (2, None));
         assert_eq!(wants(&[(64, 0), (0, 0)], 0, 11), (2, None));
+        // What comes was another's and cools: one more is worth asking for, and not one after the other.
+        assert_eq!(wants(&[(64, 0), (0, 64)], 0, 12), (3, Some(at(12))));
+        assert_eq!(wants(&[(64, 0), (0, 64), (0, 64)], 0, 13), (3, None));
     }
 
     #[test]

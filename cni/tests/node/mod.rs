@@ -29,6 +29,13 @@ pub(crate) struct Node {
 impl Node {
     /// A forwarding namespace with one block of each class.
     pub(crate) fn new(interfaces: &str) -> Self {
+        let node = Self::without_blocks(interfaces);
+        node.give_blocks();
+        node
+    }
+
+    /// A forwarding namespace that owns no block yet.
+    pub(crate) fn without_blocks(interfaces: &str) -> Self {
         let netns = Netns::new("cni-node").unwrap();
         netns.forward().unwrap();
         let dir = tempfile::tempdir().unwrap();
@@ -39,9 +46,7 @@ impl Node {
         );
         std::fs::create_dir(dir.path().join("manifests")).unwrap();
         std::fs::write(&config, text).unwrap();
-        let node = Self { netns, dir, config };
-        node.give_blocks();
-        node
+        Self { netns, dir, config }
     }
 
     /// One block of each class, as the agent is told of them.
