@@ -195,6 +195,7 @@ fn people_can_look_at_them() {
             "PHASE",
             "ALLOCATED",
             "COOLING",
+            "WANTED",
             "EPOCH",
             "DRAINING",
             "AGE"
