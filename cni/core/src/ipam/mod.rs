@@ -328,11 +328,14 @@ impl Ipam {
     fn place(&mut self, record: Record) {
         let slot = record.slot;
         let claim = self.claim(slot.block());
-        if let Some(before) = self.records.remove(&slot) {
-            self.queues(slot.class()).remove(&before);
+        let queues = match slot.class() {
+            SlotClass::Dual => &mut self.dual,
+            SlotClass::V6Only => &mut self.v6_only,
+        };
+        if let Some(before) = self.records.insert(slot, record) {
+            queues.remove(&before);
         }
-        self.queues(slot.class()).put(&record, claim);
-        self.records.insert(slot, record);
+        queues.put(&self.records[&slot], claim);
     }
 
     /// Places a changed record and makes it durable.
