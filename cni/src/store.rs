@@ -35,8 +35,12 @@ const CLAIMS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("claims");
 /// The whole store of the densest node is under 4 MB; redb's own default would be a gigabyte.
 const CACHE: usize = 8 << 20;
 
-/// How often a waiting process looks again: an ADD alone holds the store for about ten milliseconds.
+/// When a waiting process looks again: an ADD alone holds the store for some milliseconds.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
+
+/// Each wait is half as long again as the one before, up to this: a hundred that look every two milliseconds would leave no processor
+/// to the one that has the store.
+const LOOK_AT_LEAST_EVERY: Duration = Duration::from_millis(40);
 
 /// Why the store cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -110,10 +114,14 @@ impl Store {
             create(state_dir, &path)?;
         }
         let begin = Instant::now();
+        let mut pause = LOOK_AGAIN;
         loop {
             let waited = begin.elapsed();
             match Self::open_file(&path) {
-                Err(StoreError::Busy { .. }) if waited < wait => std::thread::sleep(LOOK_AGAIN),
+                Err(StoreError::Busy { .. }) if waited < wait => {
+                    std::thread::sleep(pause.min(wait - waited));
+                    pause = (pause * 3 / 2).min(LOOK_AT_LEAST_EVERY);
+                }
                 Err(StoreError::Busy { path, .. }) => {
                     return Err(StoreError::Busy { path, waited });
                 }
