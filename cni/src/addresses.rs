@@ -28,7 +28,8 @@ fn pod(attachment: &Attachment) -> PodRef {
     }
 }
 
-/// A durable slot as wished for. `delegated`: another plugin makes the interfaces.
+/// A durable slot as wished for. `delegated`: another plugin makes the interfaces. `meanwhile` runs while an agent makes the slot
+/// durable, if one is asked.
 pub(crate) fn allocate(
     allocator: &mut Allocator,
     attachment: &Attachment,
@@ -36,6 +37,7 @@ pub(crate) fn allocate(
     wishes: &Wishes,
     config: &Config,
     delegated: bool,
+    meanwhile: impl FnOnce(),
 ) -> Result<Allocation, Failure> {
     let (class, wanted) = wanted(wishes, config.ipam.pod_prefix)?;
     let (slot, within) = match wanted {
@@ -57,7 +59,7 @@ pub(crate) fn allocate(
         within,
         delegated,
     };
-    let (response, not_gathered) = allocator.ask_for_slot(&request, config)?;
+    let (response, not_gathered) = allocator.ask_for_slot(&request, config, meanwhile)?;
     let failure = match response {
         Response::Allocation { allocation } => return Ok(allocation),
         Response::Exhausted { exhausted } => Failure::new(Code::TryAgainLater, exhausted),
@@ -159,7 +161,7 @@ pub(crate) fn status(config: &Config) -> Result<(), Failure> {
     let not_available = |what: String| Failure::new(Code::NotAvailable, what);
     let request = Request::Capacity { class: None };
     let (response, not_gathered) = Allocator::open(config)
-        .and_then(|mut allocator| allocator.ask_for_slot(&request, config))
+        .and_then(|mut allocator| allocator.ask_for_slot(&request, config, || {}))
         .map_err(|e| not_available(e.to_string()))?;
     match response {
         Response::Capacity { free: 1.., .. } => Ok(()),

@@ -68,12 +68,18 @@ impl Allocator {
 
     /// [`Allocator::ask`] for a slot. Alone, one that cannot be had for want of a block or of evidence is asked for again once the
     /// listed blocks were taken and the evidence was gathered; an agent does so by itself. The second part: why that could not be done.
+    ///
+    /// `meanwhile` runs while an agent makes the slot durable. Alone it does not run: others wait for the store.
     pub(crate) fn ask_for_slot(
         &mut self,
         request: &Request,
         config: &Config,
+        meanwhile: impl FnOnce(),
     ) -> Result<(Response, Option<String>), AllocatorError> {
-        let mut answer = self.ask(request)?;
+        let mut answer = match self {
+            Self::Agent(client) => client.ask_meanwhile(request, meanwhile)?,
+            Self::Alone(service) => service.handle(request, clock::now()),
+        };
         if let Self::Alone(service) = self
             && lacks_slots(&answer)
         {

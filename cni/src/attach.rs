@@ -1,13 +1,17 @@
 //! The verbs of the main plugin: interfaces and addresses.
 //!
-//! ADD: slot (durable), kernel, agent's programs, result; whatever fails, everything before is undone in reverse. DEL: kernel,
+//! ADD: slot (durable), kernel, agent's programs, result; whatever fails, everything before is undone in reverse. While an agent
+//! makes the slot durable the pairs are made already: they need no address, and the two take as long as one another. DEL: kernel,
 //! then slot; the slot is never released while an interface may still carry its address.
 
 use std::path::Path;
 
-use kun_cni_core::plan::{self, Facts, Op, Side, Undo};
+use kun_cni_core::choice::wanted;
+use kun_cni_core::ipam::Key;
+use kun_cni_core::plan::{self, Draft, Facts, Op, Pair, Side, Undo};
 use kun_cni_core::spec::{self, Attachment, Code, Failure, NetworkConfig, Success, Wishes};
 use kun_config::Config;
+use kun_config::types::SlotClass;
 use kun_control::{
     Allocation, AttachmentKey, Bandwidth, Client, ClientError, PortMapping, RateLimit, Request,
     Response, Traffic, Transport,
@@ -16,7 +20,7 @@ use kun_control::{
 use crate::addresses::{self, key, release, unexpected};
 use crate::allocator::Allocator;
 use crate::ipam::core_key;
-use crate::kernel::{self, Kernel};
+use crate::kernel::{self, Kernel, KernelError};
 use crate::netns::Netns;
 
 pub(crate) fn add(
@@ -35,23 +39,48 @@ pub(crate) fn add(
     };
     // Before the slot: a second ADD of a live attachment must not release its slot when it fails.
     let mut kernel = Kernel::open(&netns)?;
-    kernel.require_absent(&attachment.ifname)?;
+    let (class, _) = wanted(&wishes, config.ipam.pod_prefix)?;
+    let draft = Draft {
+        key: core_key(&key),
+        // Where the pod does not say, the agent knows its namespace and its pools; the IPv6 pair is made in any case.
+        class: class.unwrap_or(SlotClass::V6Only),
+        interfaces: config.ipam.interfaces,
+        mtu,
+        mac: wishes.mac,
+    };
+    let pairs = draft.pairs();
+    let hosts: Vec<&str> = pairs.iter().map(|pair| pair.host.as_str()).collect();
+    kernel.require_absent(&draft.key, &attachment.ifname, &hosts)?;
 
     let mut allocator = Allocator::open(config)?;
     if let (Allocator::Alone(_), true) = (&allocator, wishes.needs_agent()) {
         return Err(without_agent(&wishes, config));
     }
-    let allocation =
-        addresses::allocate(&mut allocator, attachment, network, &wishes, config, false)?;
+    let mut undo = Vec::new();
+    let mut begun = None;
+    let allocation = addresses::allocate(
+        &mut allocator,
+        attachment,
+        network,
+        &wishes,
+        config,
+        false,
+        || begun = Some(kernel.apply(&plan::begin(&pairs, mtu), &mut undo)),
+    );
+    let allocation = match allocation {
+        Ok(allocation) => allocation,
+        Err(failure) => return Err(failure.also(&removed(&undo, &draft.key))),
+    };
     // Alone, the store is closed at once: others wait for it.
     let agent = match allocator {
         Allocator::Agent(client) => Some(client),
         Allocator::Alone(_) => None,
     };
     let facts = facts(&allocation, &wishes, config, mtu);
-    let mut undo = Vec::new();
-    let made = kernel
-        .apply(&plan::add(&facts), &mut undo)
+    let made = begun
+        .unwrap_or_else(|| kernel.apply(&plan::begin(&pairs, mtu), &mut undo))
+        .and_then(|()| as_told(&mut kernel, &facts, &pairs, &mut undo))
+        .and_then(|()| kernel.apply(&plan::finish(&facts), &mut undo))
         .map_err(Failure::from)
         .and_then(|()| attached(agent, &facts, &key, &wishes, config));
     if let Err(failure) = made {
@@ -68,6 +97,32 @@ pub(crate) fn add(
         all.dns = dns;
     }
     Ok(all)
+}
+
+/// Makes the pairs that the slot needs beyond those that were made, and removes those that it does not need: an attachment that
+/// has a slot already keeps it, and that may be without IPv4.
+fn as_told(
+    kernel: &mut Kernel<'_>,
+    facts: &Facts,
+    made: &[Pair],
+    undo: &mut Vec<Undo>,
+) -> Result<(), KernelError> {
+    let draft = facts.draft();
+    let wanted = draft.pairs();
+    let among = |pairs: &[Pair], pair: &Pair| pairs.iter().any(|other| other.host == pair.host);
+    let (mut missing, mut surplus) = (wanted.clone(), made.to_vec());
+    missing.retain(|pair| !among(made, pair));
+    surplus.retain(|pair| !among(&wanted, pair));
+    kernel.apply(&plan::begin(&missing, facts.mtu), undo)?;
+    let surplus: Vec<Undo> = surplus
+        .into_iter()
+        .map(|pair| Undo::RemoveLink { host: pair.host })
+        .collect();
+    if surplus.is_empty() {
+        return Ok(());
+    }
+    let mut failed = kernel::revert(&surplus, &facts.key).failed;
+    failed.pop().map_or(Ok(()), Err)
 }
 
 /// What no program translates is refused at once and for good: trying again changes nothing.
@@ -201,11 +256,7 @@ fn give_up(
     undo: &[Undo],
     config: &Config,
 ) -> Vec<String> {
-    let failed: Vec<String> = kernel::revert(undo, &core_key(key))
-        .failed
-        .iter()
-        .map(ToString::to_string)
-        .collect();
+    let failed = removed(undo, &core_key(key));
     if !failed.is_empty() {
         return failed;
     }
@@ -214,6 +265,15 @@ fn give_up(
         .map(|failure| failure.details)
         .into_iter()
         .collect()
+}
+
+/// Removes the interfaces; gives what could not be.
+fn removed(undo: &[Undo], key: &Key) -> Vec<String> {
+    if undo.is_empty() {
+        return Vec::new();
+    }
+    let failed = kernel::revert(undo, key).failed;
+    failed.iter().map(ToString::to_string).collect()
 }
 
 pub(crate) fn del(key: &AttachmentKey, config: &Config) -> Result<(), Failure> {
@@ -258,7 +318,7 @@ pub(crate) fn check(
         &netns_path.to_string_lossy(),
     ));
     // A later plugin of the chain may have taken a route away; then it is not in the result either (§2 CHECK).
-    let expected: Vec<_> = plan::add(&facts)
+    let expected: Vec<_> = plan::standing(&facts)
         .into_iter()
         .filter(|op| match op {
             Op::Route {

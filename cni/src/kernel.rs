@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use kun_cni_core::ipam::Key;
-use kun_cni_core::plan::{Op, Side, Undo, generation_in};
+use kun_cni_core::plan::{Op, Side, UNFINISHED, Undo, generation_in};
 
 use crate::netlink::{Link, NetlinkError, Query, Rtnl};
 use crate::netns::{Netns, NetnsError};
@@ -57,6 +57,14 @@ pub enum KernelError {
         /// The interface.
         ifname: String,
     },
+    /// The attachment stands, in whichever pod.
+    #[error(
+        "the attachment stands already: {ifname} on the node is its interface; a runtime calls DEL before it calls ADD again"
+    )]
+    Stands {
+        /// The node's end.
+        ifname: String,
+    },
     /// A name of ours on somebody else's interface.
     #[error("{ifname}: not ours (its alias is `{alias}`); it is left alone")]
     Foreign {
@@ -105,14 +113,30 @@ impl<'a> Kernel<'a> {
         Ok(())
     }
 
-    /// Refuses when an interface of this name is in the pod already.
-    pub fn require_absent(&mut self, ifname: &str) -> Result<(), KernelError> {
-        match self.pod.link(ifname)? {
-            None => Ok(()),
-            Some(_) => Err(KernelError::Exists {
+    /// Refuses when an interface of this name is in the pod already, or when the attachment stands in another pod. What an ADD
+    /// that had no slot yet has left is no obstacle here: making the pairs meets it, and undoing that removes it.
+    pub fn require_absent(
+        &mut self,
+        key: &Key,
+        ifname: &str,
+        hosts: &[&str],
+    ) -> Result<(), KernelError> {
+        if self.pod.link(ifname)?.is_some() {
+            return Err(KernelError::Exists {
                 ifname: ifname.to_owned(),
-            }),
+            });
         }
+        let queries: Vec<Query> = hosts.iter().map(|host| Query::link(host)).collect();
+        for found in self.host.batch(&queries)? {
+            let Ok(Some(Link { name, alias, .. })) = found else {
+                continue;
+            };
+            let generation = alias.and_then(|alias| generation_in(&alias, key));
+            if generation.is_some_and(|generation| generation != UNFINISHED) {
+                return Err(KernelError::Stands { ifname: name });
+            }
+        }
+        Ok(())
     }
 
     /// What is not as the ops would have it: one line each. Sysctls are not looked at: a pod may set its own.
@@ -144,7 +168,7 @@ pub fn complete_in_pod(rtnl: &mut Rtnl, ops: &[Op]) -> Result<(), KernelError> {
 /// What was removed, and what could not be.
 #[derive(Debug, Default)]
 pub struct Removed {
-    /// The generation that the interfaces were tagged with.
+    /// The generation that the interfaces were tagged with; `None`: their ADD never knew it.
     pub generation: Option<u64>,
     /// What stays, and why.
     pub failed: Vec<KernelError>,
@@ -193,7 +217,9 @@ fn remove_links(
             None => ours.push(Query::group(link.index, group)),
             Some(alias) => match generation_in(alias, key) {
                 Some(generation) => {
-                    removed.generation = Some(generation);
+                    if generation != UNFINISHED {
+                        removed.generation = Some(generation);
+                    }
                     ours.push(Query::group(link.index, group));
                 }
                 None => removed.failed.push(KernelError::Foreign {
@@ -472,7 +498,7 @@ fn compare(ops: &[Op], rtnl: &mut Rtnl) -> Result<Vec<String>, KernelError> {
                 Some(link) => rtnl.route_to(sample(to))? == Some(link.index),
                 None => false,
             },
-            Op::Sysctl { .. } | Op::Configure { .. } | Op::Ipv6 { .. } => true,
+            Op::Configure { .. } | Op::Sysctl { .. } | Op::Ipv6 { .. } => true,
         };
         if !holds {
             found.push(op.to_string());

@@ -179,6 +179,7 @@ impl From<KernelError> for Failure {
             | KernelError::Gone { .. }
             | KernelError::NoCarrier { .. }
             | KernelError::Exists { .. }
+            | KernelError::Stands { .. }
             | KernelError::Foreign { .. }) => Failure::new(Code::Kernel, e),
             e @ KernelError::NoUplink { .. } => Failure::new(Code::InvalidConfig, e),
         }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use kun_cni::kernel::Kernel;
 use kun_cni::{clock, host_interface_names, netns};
 use kun_cni_core::ipam::Key;
-use kun_cni_core::plan::{self, Facts};
+use kun_cni_core::plan::{self, Facts, Op};
 use kun_config::Interfaces;
 use kun_config::types::{BlockId, Slot, SlotClass};
 use kun_control::{AttachmentKey, PodRef, Request, Response, Traffic};
@@ -64,6 +64,12 @@ fn allocated(node: &Node, pod: &Pod) -> Facts {
     }
 }
 
+fn steps_of_add(facts: &Facts) -> Vec<Op> {
+    let mut ops = plan::begin(&facts.draft().pairs(), facts.mtu);
+    ops.extend(plan::finish(facts));
+    ops
+}
+
 #[test]
 fn a_crash_after_any_step_is_cleaned_by_del_and_add_works_again() {
     if !require_root() {
@@ -77,11 +83,11 @@ fn a_crash_after_any_step_is_cleaned_by_del_and_add_works_again() {
     node.service().set_blocks(&blocks, clock::now()).unwrap();
     let steps = {
         let pod = Pod::new("count", true);
-        plan::add(&allocated(&node, &pod)).len()
+        steps_of_add(&allocated(&node, &pod)).len()
     };
     for step in 0..=steps {
         let pod = Pod::new(&format!("c{step}"), true);
-        let ops = plan::add(&allocated(&node, &pod));
+        let ops = steps_of_add(&allocated(&node, &pod));
         // As if killed here: nothing is undone.
         node.netns.run(|| {
             let inside = netns::Netns::open(&pod.netns.path()).unwrap();

@@ -102,6 +102,29 @@ fn a_second_add_fails_and_the_first_pod_lives_on() {
     assert_eq!(node.service().live(kun_cni::clock::now()).unwrap().len(), 1);
 }
 
+/// The same attachment asked for again, in another namespace: a runtime that lost its memory does so.
+#[test]
+fn a_second_add_into_another_namespace_fails_and_the_first_pod_lives_on() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    node_addresses(&node);
+    let pod = Pod::new("c1", true);
+    let first = node.add(&pod).unwrap();
+    let other = Pod::new("c1", true);
+    let error = node.add(&other).unwrap_err();
+    let details = error["details"].as_str().unwrap();
+    assert!(
+        details.contains("the attachment stands already") && details.contains("DEL"),
+        "{error}"
+    );
+    assert_eq!(other.netns.exec("-br link show type veth").unwrap(), "");
+    node.check(&pod, &first).unwrap();
+    first_ping(&node.netns, &address(&first, true).unwrap());
+    assert_eq!(node.service().live(kun_cni::clock::now()).unwrap().len(), 1);
+}
+
 #[test]
 fn del_repeats_and_outlives_the_namespace() {
     if !require_root() {

@@ -61,9 +61,19 @@ impl Client {
 
     /// One request, one answer.
     pub fn ask(&mut self, request: &Request) -> Result<Response, ClientError> {
+        self.ask_meanwhile(request, || {})
+    }
+
+    /// [`Client::ask`], with something to do while the agent is at work.
+    pub fn ask_meanwhile(
+        &mut self,
+        request: &Request,
+        meanwhile: impl FnOnce(),
+    ) -> Result<Response, ClientError> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
         self.stream.get_mut().write_all(&line)?;
+        meanwhile();
         let mut answer = Vec::new();
         (&mut self.stream)
             .take(MAX_LINE as u64 + 1)

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 
-use crate::{command, setup, vm};
+use crate::{build, command, setup, vm};
 
 /// Flags of `bench`.
 #[derive(clap::Args)]
@@ -22,8 +22,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         "build",
         "--release",
         "--workspace",
+        // As it is shipped, below.
+        "--exclude=kun-cni",
         "--bins",
     ]))?;
+    build::plugin(false)?;
     let mut bench = Command::new(command::target().join("release/kun-bench"));
     bench
         .args(&arguments.part)

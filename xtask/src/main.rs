@@ -1,7 +1,8 @@
-//! `cargo xtask`: setup, test, lab, tidy, bench, ebpf, crds, peers, vm. Needs nothing but Rust to start; installs the rest by `setup`.
+//! `cargo xtask`: setup, test, lab, tidy, build, bench, ebpf, crds, peers, vm. Needs nothing but Rust to start; installs the rest by `setup`.
 
 mod apt;
 mod bench;
+mod build;
 mod command;
 mod crds;
 mod ebpf;
@@ -34,6 +35,8 @@ enum Task {
     Lab(lab::Arguments),
     /// Check the arrows between crates, the purity of the cores, module docs, and the ledgers.
     Tidy,
+    /// Build what is shipped, with optimisation.
+    Build(build::Arguments),
     /// Measure.
     Bench(bench::Arguments),
     /// Rebuild the eBPF objects.
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Task::Test(arguments) => test::run(&arguments),
         Task::Lab(arguments) => lab::run(&arguments),
         Task::Tidy => tidy::run(),
+        Task::Build(arguments) => build::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Ebpf { check } => ebpf::ebpf(check),
         Task::Crds { check } => crds::crds(check),

@@ -8,7 +8,8 @@
 //!   left to DEL, GC and people.
 //! - An *interface* is leaked when the store knows that its allocation is over: its slots' records say so by their generation. A
 //!   store that knows nothing of a slot proves nothing, and a lost store must not take the network from living pods. An
-//!   interface that no route leads to carries no pod's traffic, and goes when its attachment has no slot of its generation.
+//!   interface that no route leads to carries no pod's traffic, and goes when its attachment has no slot of its generation: so
+//!   does one of an ADD that was killed before it knew its slot.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use kun_config::types::Slot;
 
 use crate::ipam::{BootTime, Ipam, Key, SlotState};
+use crate::plan::UNFINISHED;
 
 /// Least time between two looks that agree: longer than an ADD takes between its halves on a busy node.
 pub const BETWEEN: Duration = Duration::from_secs(20);
@@ -87,11 +89,13 @@ impl Watch {
         leaks
     }
 
-    /// Interfaces that look leaked, whether proven yet or not.
+    /// Interfaces that look leaked, whether proven yet or not. One whose ADD may be waiting for its slot does not.
     pub fn suspected_interfaces(&self) -> usize {
         let all = self.first.keys();
-        all.filter(|leak| matches!(leak, Leak::Interface { .. }))
-            .count()
+        all.filter(
+            |leak| matches!(leak, Leak::Interface { generation, .. } if *generation != UNFINISHED),
+        )
+        .count()
     }
 }
 
@@ -238,6 +242,38 @@ mod tests {
         let leaks = watch.look(&ipam, seen, at(121));
         assert!(
             matches!(&leaks[..], [Leak::Interface { index: 7, .. }]),
+            "{leaks:?}"
+        );
+    }
+
+    #[test]
+    fn what_an_add_left_that_never_knew_its_slot_is_leaked_and_one_that_waits_is_not() {
+        let mut ipam = ipam();
+        let waiting = Interface {
+            index: 7,
+            name: "kun0".into(),
+            key: owner("a", false).key,
+            generation: UNFINISHED,
+            slots: BTreeSet::new(),
+        };
+        let seen = std::slice::from_ref(&waiting);
+        let mut watch = Watch::new();
+        assert_eq!(watch.look(&ipam, seen, at(1)), []);
+        assert_eq!(watch.suspected_interfaces(), 0, "an ADD may be at work");
+        // It knew its slot a moment later, and tagged the interface.
+        let interface = add(&mut ipam, owner("a", false));
+        assert_eq!(watch.look(&ipam, &[interface], at(60)), []);
+        // Another was killed.
+        assert_eq!(watch.look(&ipam, seen, at(61)), []);
+        let leaks = watch.look(&ipam, seen, at(81));
+        assert!(
+            leaks.iter().any(|leak| matches!(
+                leak,
+                Leak::Interface {
+                    generation: UNFINISHED,
+                    ..
+                }
+            )),
             "{leaks:?}"
         );
     }

@@ -321,6 +321,48 @@ pub enum Undo {
     },
 }
 
+/// The generation in the tag of an interface whose slot is not known yet. No slot has it: the first allocation is of generation 1.
+pub const UNFINISHED: u64 = 0;
+
+/// What is known of an ADD before its slot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Draft {
+    /// Whose.
+    pub key: Key,
+    /// With IPv4 or without, as far as anybody knows.
+    pub class: SlotClass,
+    /// Split or shared.
+    pub interfaces: Interfaces,
+    /// MTU of every interface.
+    pub mtu: u32,
+    /// Hardware address of CNI_IFNAME; `None`: of our making.
+    pub mac: Option<Mac>,
+}
+
+impl Draft {
+    /// The pairs to make, IPv6's first, without addresses and tagged as [`UNFINISHED`].
+    pub fn pairs(&self) -> Vec<Pair> {
+        names::pairs(self.class, self.interfaces)
+            .iter()
+            .map(|&carries| Pair {
+                carries,
+                host: names::host_name(&self.key, carries),
+                pod: match carries {
+                    Carries::V6 | Carries::Both => self.key.ifname.clone(),
+                    Carries::V4 => second_name(&self.key.ifname),
+                },
+                host_mac: mac(&self.key, carries, "host"),
+                pod_mac: match (carries, self.mac) {
+                    (Carries::V6 | Carries::Both, Some(mac)) => mac,
+                    (Carries::V4, _) | (_, None) => mac(&self.key, carries, "pod"),
+                },
+                alias: tag(&self.key, UNFINISHED, self.mac),
+                addresses: Vec::new(),
+            })
+            .collect()
+    }
+}
+
 /// What an ADD is to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
@@ -343,60 +385,65 @@ pub struct Facts {
 }
 
 impl Facts {
+    /// The same without what the slot told.
+    pub fn draft(&self) -> Draft {
+        Draft {
+            key: self.key.clone(),
+            class: match self.v4 {
+                Some(_) => SlotClass::Dual,
+                None => SlotClass::V6Only,
+            },
+            interfaces: self.interfaces,
+            mtu: self.mtu,
+            mac: self.mac,
+        }
+    }
+
     /// The pairs to make, IPv6's first.
     pub fn pairs(&self) -> Vec<Pair> {
-        let class = match self.v4 {
-            Some(_) => SlotClass::Dual,
-            None => SlotClass::V6Only,
-        };
         let v6 = IpNet::V6(Ipv6Net::from(self.v6));
         let v4 = self.v4.map(|v4| IpNet::V4(Ipv4Net::from(v4)));
-        names::pairs(class, self.interfaces)
-            .iter()
-            .map(|&carries| Pair {
-                carries,
-                host: names::host_name(&self.key, carries),
-                pod: match carries {
-                    Carries::V6 | Carries::Both => self.key.ifname.clone(),
-                    Carries::V4 => second_name(&self.key.ifname),
-                },
-                host_mac: mac(&self.key, carries, "host"),
-                pod_mac: match (carries, self.mac) {
-                    (Carries::V6 | Carries::Both, Some(mac)) => mac,
-                    (Carries::V4, _) | (_, None) => mac(&self.key, carries, "pod"),
-                },
-                alias: tag(&self.key, self.generation, self.mac),
-                addresses: match carries {
-                    Carries::V6 => vec![v6],
-                    Carries::V4 => v4.into_iter().collect(),
-                    Carries::Both => [Some(v6), v4].into_iter().flatten().collect(),
-                },
-            })
-            .collect()
+        let mut pairs = self.draft().pairs();
+        for pair in &mut pairs {
+            pair.alias = tag(&self.key, self.generation, self.mac);
+            pair.addresses = match pair.carries {
+                Carries::V6 => vec![v6],
+                Carries::V4 => v4.into_iter().collect(),
+                Carries::Both => [Some(v6), v4].into_iter().flatten().collect(),
+            };
+        }
+        pairs
     }
 }
 
-/// ADD, after the slot is allocated: three turns, on the node, in the pod, on the node.
+/// What of ADD needs no slot: these pairs, while the slot is being made durable. They lead nowhere yet.
 ///
-/// The host side comes up before the pod's: then the pod's has a carrier at once, and its packets pass. What is known of an
-/// interface by name goes first in each turn, so that one conversation with the kernel tells the indices that the rest needs.
-pub fn add(facts: &Facts) -> Vec<Op> {
-    let pairs = facts.pairs();
+/// The host side comes up before the pod's: then the pod's has a carrier at once, and its packets pass.
+pub fn begin(pairs: &[Pair], mtu: u32) -> Vec<Op> {
     let mut ops = Vec::new();
-    for pair in &pairs {
+    for pair in pairs {
         ops.push(Op::CreatePair {
             pair: pair.clone(),
-            mtu: facts.mtu,
+            mtu,
         });
         ops.push(Op::Configure {
             side: Side::Host,
             ifname: pair.host.clone(),
             alias: Some(pair.alias.clone()),
-            ipv4: host_ipv4(pair.carries),
+            ipv4: Vec::new(),
             up: true,
         });
     }
+    ops
+}
 
+/// The rest of ADD, when the slot is durable: two turns, in the pod and on the node.
+///
+/// What is known of an interface by name goes first in each turn, so that one conversation with the kernel tells the indices
+/// that the rest needs.
+pub fn finish(facts: &Facts) -> Vec<Op> {
+    let pairs = facts.pairs();
+    let mut ops = Vec::new();
     let (first, last) = facts.local_ports;
     ops.push(Op::Sysctl {
         side: Side::Pod,
@@ -417,6 +464,16 @@ pub fn add(facts: &Facts) -> Vec<Op> {
         ops.extend(pod_address_ops(pair));
     }
 
+    // Before the first route: an interface that routes lead to tells whose they are.
+    for pair in &pairs {
+        ops.push(Op::Configure {
+            side: Side::Host,
+            ifname: pair.host.clone(),
+            alias: Some(pair.alias.clone()),
+            ipv4: host_ipv4(pair.carries),
+            up: false,
+        });
+    }
     for pair in &pairs {
         ops.push(Op::AwaitCarrier {
             side: Side::Host,
@@ -427,6 +484,15 @@ pub fn add(facts: &Facts) -> Vec<Op> {
         ops.extend(reach(pair));
     }
     ops
+}
+
+/// What stands after ADD; CHECK looks for it.
+pub fn standing(facts: &Facts) -> Vec<Op> {
+    let made = facts.pairs().into_iter().map(|pair| Op::CreatePair {
+        pair,
+        mtu: facts.mtu,
+    });
+    made.chain(finish(facts)).collect()
 }
 
 /// What the going down of this host-side interface takes away.
@@ -531,7 +597,7 @@ fn parts(text: &str) -> Option<(u64, Option<Mac>, &str)> {
     Some((generation.parse().ok()?, mac, key))
 }
 
-/// The generation in an ifalias, if it is this key's.
+/// The generation in an ifalias, if it is this key's; [`UNFINISHED`] of one whose ADD had no slot yet.
 pub fn generation_in(text: &str, key: &Key) -> Option<u64> {
     let (generation, mac, _) = parts(text)?;
     (tag(key, generation, mac) == text).then_some(generation)
@@ -730,7 +796,7 @@ mod tests {
     fn every_pair_made_is_removed_by_undo_and_by_del() {
         for (v4, interfaces) in ALL {
             let facts = facts(v4, interfaces);
-            let undone: Vec<Undo> = add(&facts).iter().filter_map(Op::undo).collect();
+            let undone: Vec<Undo> = standing(&facts).iter().filter_map(Op::undo).collect();
             assert_eq!(undone.len(), facts.pairs().len());
             for undo in undone {
                 assert!(del(&facts.key).contains(&undo));
@@ -742,7 +808,7 @@ mod tests {
     fn every_address_has_its_route_and_neighbour_on_both_sides() {
         for (v4, interfaces) in ALL {
             let facts = facts(v4, interfaces);
-            let ops = add(&facts);
+            let ops = standing(&facts);
             for pair in facts.pairs() {
                 for address in &pair.addresses {
                     for needed in [
@@ -782,7 +848,7 @@ mod tests {
     fn a_v6_only_pod_has_no_ipv4_at_all() {
         for interfaces in [Interfaces::Split, Interfaces::Shared] {
             let facts = facts(false, interfaces);
-            assert!(!add(&facts).iter().any(|op| match op {
+            assert!(!standing(&facts).iter().any(|op| match op {
                 Op::Address { address, .. } => address.addr().is_ipv4(),
                 Op::Route { to, .. } => to.addr().is_ipv4(),
                 Op::Neighbour { address, .. } => address.is_ipv4(),
