@@ -1,7 +1,7 @@
 //! The node agent's Unix-socket protocol: one JSON object a line each way, one request a line, answered in order.
 //!
-//! Owned by the agent (`kun-proxy`), spoken by `kun-cni` and `kunctl`. Types and the blocking client; the server lives in the
-//! agent. A line is at most [`MAX_LINE`] bytes.
+//! Served by the agent (`kun-proxy`), spoken by `kun-cni` and `kunctl`. Types, the blocking client, and the server that hands each
+//! request to the agent. A line is at most [`MAX_LINE`] bytes.
 
 #![forbid(unsafe_code)]
 
@@ -14,9 +14,11 @@ use serde::{Deserialize, Serialize};
 
 mod addresses;
 mod client;
+mod server;
 
 pub use addresses::{BlockRow, Exhausted, Holder, PoolRow, SlotRow};
 pub use client::{Client, ClientError};
+pub use server::{Server, SocketError};
 
 /// Longest line either side accepts: a status of 2,500 attachments fits four times.
 pub const MAX_LINE: usize = 4 << 20;

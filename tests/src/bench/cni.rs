@@ -4,12 +4,10 @@
 //! Wall-clock here depends on the machine's cores and disk: an ADD is a process, some netlink and one flush. The ratio to the
 //! peer and the CPU time are what to compare between machines.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -20,7 +18,7 @@ use kun_cni::netlink::{Query, Rtnl};
 use kun_cni_core::names::Carries;
 use kun_cni_core::plan::{Mac, Pair};
 use kun_config::types::{BlockId, Slot, SlotClass};
-use kun_control::{AttachmentKey, PodRef, Request, Response};
+use kun_control::{AttachmentKey, PodRef, Request, Response, Server};
 use kun_harness::Netns;
 use serde_json::{Value, json};
 
@@ -174,7 +172,7 @@ struct Plugin {
     network: Value,
     node: Netns,
     /// Serves ours while the plugin lives.
-    _agent: Option<Agent>,
+    _agent: Option<Server>,
 }
 
 impl Plugin {
@@ -375,7 +373,11 @@ fn plugin(context: &Context, name: &str, with_agent: bool) -> Result<Plugin> {
     let node = Netns::new("bench-node")?;
     node.forward()?;
     let agent = match with_agent {
-        true => Some(Agent::serve(&config.agent.socket, service)?),
+        true => {
+            let server = Server::bind(&config.agent.socket)?;
+            server.serve(move |request| service.handle(request, clock::now()))?;
+            Some(server)
+        }
         false => None,
     };
     Ok(Plugin {
@@ -413,46 +415,6 @@ fn peer(context: &Context, name: &str) -> Option<Result<Plugin>> {
         node,
         _agent: None,
     }))
-}
-
-/// The agent's socket: a thread a connection, as many connections as callers.
-struct Agent {
-    socket: PathBuf,
-}
-
-impl Agent {
-    fn serve(socket: &Path, service: IpamService) -> Result<Self> {
-        let listener = UnixListener::bind(socket)?;
-        let service = Arc::new(service);
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let (Ok(stream), service) = (stream, service.clone()) else {
-                    return;
-                };
-                std::thread::spawn(move || answer(stream, &service));
-            }
-        });
-        Ok(Self {
-            socket: socket.to_owned(),
-        })
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.socket);
-    }
-}
-
-fn answer(stream: UnixStream, service: &IpamService) -> Result<()> {
-    let mut writer = stream.try_clone()?;
-    for line in BufReader::new(stream).lines() {
-        let request: Request = serde_json::from_str(&line?)?;
-        let mut answer = serde_json::to_vec(&service.handle(&request, clock::now()))?;
-        answer.push(b'\n');
-        writer.write_all(&answer)?;
-    }
-    Ok(())
 }
 
 fn blocks(count: u32) -> Vec<BlockId> {

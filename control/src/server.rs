@@ -1,7 +1,10 @@
-//! The agent's Unix socket: one thread a connection, one JSON line a request, answered in order (`kun-control`).
+//! The agent's end: one thread a connection, one JSON line a request, answered in order.
 //!
 //! A socket file that nobody answers on is left over from a killed agent and replaced; a live one is refused. Only root may
 //! connect. Lines are at most [`MAX_LINE`] bytes and connections at most [`MAX_CONNECTIONS`].
+//!
+//! The threads wait for connections themselves: an ADD would otherwise wait for one to be made, on a busy node for as long as
+//! the kernel takes to come to it.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -12,17 +15,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use kun_control::{MAX_LINE, Request, Response};
+use crate::{MAX_LINE, Request, Response};
 
 /// A kubelet adds pods ten at a time by default and 250 at most; each ADD is one connection.
 const MAX_CONNECTIONS: usize = 512;
+
+/// Threads that wait for connections once a burst is over: as many pods as a kubelet adds at once by default, and a few more.
+const MAX_IDLE: usize = 16;
 
 /// A client that is silent for so long has died without closing.
 const IDLE: Duration = Duration::from_secs(60);
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum SocketError {
+pub enum SocketError {
     /// Another agent lives.
     #[error("{}: another agent answers there; one node has one kun-proxy: stop it, or give this one another agent.socket", path.display())]
     Occupied {
@@ -47,14 +53,14 @@ pub(crate) enum SocketError {
 
 /// A bound socket; the file goes when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Server {
+pub struct Server {
     path: PathBuf,
     listener: UnixListener,
 }
 
 impl Server {
     /// Binds `path`. Connections wait in its backlog until [`Server::serve`].
-    pub(crate) fn bind(path: &Path) -> Result<Self, SocketError> {
+    pub fn bind(path: &Path) -> Result<Self, SocketError> {
         let io = |source| SocketError::Io {
             path: path.to_owned(),
             source,
@@ -88,8 +94,8 @@ impl Server {
         })
     }
 
-    /// Answers with `handle` from threads of its own, for as long as the process lives.
-    pub(crate) fn serve(
+    /// Answers with `handle` from threads of its own, in the caller's network namespace, for as long as the process lives.
+    pub fn serve(
         &self,
         handle: impl Fn(&Request) -> Response + Send + Sync + 'static,
     ) -> Result<(), SocketError> {
@@ -98,12 +104,13 @@ impl Server {
             source,
         };
         let listener = self.listener.try_clone().map_err(io)?;
-        let handle = Arc::new(handle);
-        std::thread::Builder::new()
-            .name("kun-socket".to_owned())
-            .spawn(move || accept(&listener, &handle))
-            .map_err(io)?;
-        Ok(())
+        let crew = Arc::new(Crew {
+            listener,
+            handle,
+            idle: AtomicUsize::new(0),
+            busy: AtomicUsize::new(0),
+        });
+        crew.hire().map_err(io)
     }
 }
 
@@ -114,54 +121,66 @@ impl Drop for Server {
     }
 }
 
-/// Counts a connection for as long as it lives.
-struct Seat(Arc<AtomicUsize>);
-
-impl Seat {
-    fn take(seats: &Arc<AtomicUsize>) -> Option<Self> {
-        let seat = Self(Arc::clone(seats));
-        (seats.fetch_add(1, Ordering::Relaxed) < MAX_CONNECTIONS).then_some(seat)
-    }
+/// The threads: one at least waits for the next connection, unless the system has no more.
+struct Crew<H> {
+    listener: UnixListener,
+    handle: H,
+    /// Those that wait for a connection, or are about to.
+    idle: AtomicUsize,
+    /// Those that have one.
+    busy: AtomicUsize,
 }
 
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-fn accept<H>(listener: &UnixListener, handle: &Arc<H>)
+impl<H> Crew<H>
 where
     H: Fn(&Request) -> Response + Send + Sync + 'static,
 {
-    let seats = Arc::new(AtomicUsize::new(0));
-    for stream in listener.incoming() {
-        let mut stream = match stream {
-            Ok(stream) => stream,
-            Err(error) => {
-                // Out of descriptors: pause, or this loop would take the CPU as well.
-                tracing::warn!(%error, "socket: accept failed");
-                std::thread::sleep(Duration::from_millis(100));
-                continue;
-            }
-        };
-        let Some(seat) = Seat::take(&seats) else {
-            let message = format!("{MAX_CONNECTIONS} connections are open already; try again");
-            // Whoever is turned away may not wait for the reason.
-            let _ = write(&mut stream, &Response::Failed { message });
-            continue;
-        };
-        let handle = Arc::clone(handle);
+    fn hire(self: &Arc<Self>) -> io::Result<()> {
+        let crew = Arc::clone(self);
+        self.idle.fetch_add(1, Ordering::Relaxed);
         let spawned = std::thread::Builder::new()
             .name("kun-client".to_owned())
-            .spawn(move || {
-                let _seat = seat;
-                if let Err(error) = converse(stream, &*handle) {
-                    tracing::debug!(%error, "socket: a conversation ended early");
+            .spawn(move || crew.work());
+        if spawned.is_err() {
+            self.idle.fetch_sub(1, Ordering::Relaxed);
+        }
+        spawned.map(|_| ())
+    }
+
+    /// Takes connection after connection; ends when enough others wait.
+    fn work(self: &Arc<Self>) {
+        loop {
+            let mut stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of descriptors: pause, or this loop would take the CPU as well.
+                    tracing::warn!(%error, "socket: accept failed");
+                    std::thread::sleep(Duration::from_millis(100));
+                    continue;
                 }
-            });
-        if let Err(error) = spawned {
-            tracing::warn!(%error, "socket: no thread for a connection");
+            };
+            if self.busy.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
+                self.busy.fetch_sub(1, Ordering::Relaxed);
+                let message = format!("{MAX_CONNECTIONS} connections are open already; try again");
+                // Whoever is turned away may not wait for the reason.
+                let _ = write(&mut stream, &Response::Failed { message });
+                continue;
+            }
+            if self.idle.fetch_sub(1, Ordering::Relaxed) == 1
+                && let Err(error) = self.hire()
+            {
+                tracing::warn!(%error, "socket: no thread for more connections; they wait for this one");
+            }
+            let conversed = std::panic::AssertUnwindSafe(|| converse(stream, &self.handle));
+            // A panic has told itself; its connection is closed, and this thread is of use still.
+            if let Ok(Err(error)) = std::panic::catch_unwind(conversed) {
+                tracing::debug!(%error, "socket: a conversation ended early");
+            }
+            self.busy.fetch_sub(1, Ordering::Relaxed);
+            if self.idle.fetch_add(1, Ordering::Relaxed) >= MAX_IDLE {
+                self.idle.fetch_sub(1, Ordering::Relaxed);
+                return;
+            }
         }
     }
 }
@@ -240,7 +259,7 @@ mod tests {
                 _ => Response::Unknown,
             })
             .unwrap();
-        let mut client = kun_control::Client::connect(&path).unwrap();
+        let mut client = crate::Client::connect(&path).unwrap();
         assert_eq!(client.ask(&Request::Status).unwrap(), Response::Done);
         assert_eq!(client.ask(&Request::Ipam).unwrap(), Response::Unknown);
         let mut raw = UnixStream::connect(&path).unwrap();
@@ -250,5 +269,60 @@ mod tests {
         let first = lines.next().unwrap().unwrap();
         assert!(first.contains("fly") && first.contains("failed"), "{first}");
         assert!(lines.next().unwrap().unwrap().contains("done"));
+    }
+
+    #[test]
+    fn more_than_wait_are_served_at_once_and_again() {
+        let (_dir, path) = socket();
+        let server = Server::bind(&path).unwrap();
+        server.serve(|_| Response::Done).unwrap();
+        for _ in 0..2 {
+            let mut clients: Vec<crate::Client> = (0..3 * MAX_IDLE)
+                .map(|_| crate::Client::connect(&path).unwrap())
+                .collect();
+            // Each has a thread of its own: none waits for another to hang up.
+            for client in clients.iter_mut().rev() {
+                assert_eq!(client.ask(&Request::Status).unwrap(), Response::Done);
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_ends_one_conversation_and_nothing_else() {
+        let (_dir, path) = socket();
+        let server = Server::bind(&path).unwrap();
+        server
+            .serve(|request| match request {
+                Request::Status => Response::Done,
+                other => panic!("{other:?}"),
+            })
+            .unwrap();
+        for _ in 0..2 * MAX_IDLE {
+            let mut client = crate::Client::connect(&path).unwrap();
+            assert!(client.ask(&Request::Ipam).is_err());
+        }
+        let mut client = crate::Client::connect(&path).unwrap();
+        assert_eq!(client.ask(&Request::Status).unwrap(), Response::Done);
+    }
+
+    #[test]
+    fn who_comes_when_all_are_busy_is_told_so() {
+        let (dir, path) = socket();
+        fs::create_dir_all(dir.path().join("run")).unwrap();
+        let crew = Arc::new(Crew {
+            listener: UnixListener::bind(&path).unwrap(),
+            handle: |_: &Request| Response::Done,
+            idle: AtomicUsize::new(0),
+            busy: AtomicUsize::new(MAX_CONNECTIONS),
+        });
+        crew.hire().unwrap();
+        // Nothing is asked: the answer may be there before the question.
+        let mut told = String::new();
+        let stream = UnixStream::connect(&path).unwrap();
+        BufReader::new(stream).read_line(&mut told).unwrap();
+        assert!(told.contains("512 connections are open already"), "{told}");
+        crew.busy.store(0, Ordering::Relaxed);
+        let mut client = crate::Client::connect(&path).unwrap();
+        assert_eq!(client.ask(&Request::Status).unwrap(), Response::Done);
     }
 }
