@@ -23,6 +23,7 @@ use super::announce::Facts;
 use super::attachments::{Attachment, Attachments};
 use super::limits::Limiter;
 use super::metrics::Metrics;
+use super::node::Uplinks;
 use super::translator::Translator;
 use super::watermark::Applied;
 use super::{links, node, sockets};
@@ -125,6 +126,8 @@ pub(crate) struct Dataplane {
     /// Interface name to the index that carries our programs: a name may come back as another interface.
     pods: BTreeMap<String, u32>,
     uplinks: BTreeMap<String, u32>,
+    /// Finds them.
+    seek: Uplinks,
     complaints: BTreeMap<String, String>,
     programmed: Arc<AtomicBool>,
     /// The revision that was taken in last; what came before it may still be planned.
@@ -162,6 +165,7 @@ impl Dataplane {
         adopted: bool,
     ) -> Self {
         Self {
+            seek: Uplinks::new(config.node.uplink.as_deref()),
             config,
             proxy,
             limiter,

@@ -1,14 +1,23 @@
 //! The node itself: forwarding switched on, its uplinks found, its addresses towards the fabric.
 //!
-//! Reads `/proc/net` and writes `/proc/sys/net`, both of the network namespace that the agent runs in.
+//! Reads `/proc/thread-self/net` and writes `/proc/sys/net`, both of the network namespace that the agent runs in.
 
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use kun_cni::netlink::Rtnl;
 
 /// Where default routes are told, and which columns hold the interface, the destination and its prefix length.
-const V6_ROUTES: &str = "/proc/net/ipv6_route";
-const V4_ROUTES: &str = "/proc/net/route";
+const V6_ROUTES: &str = "/proc/thread-self/net/ipv6_route";
+const V4_ROUTES: &str = "/proc/thread-self/net/route";
+
+/// Only a default route leads to these: they are for documentation (RFC 3849, RFC 5737).
+const FAR: [IpAddr; 2] = [
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
+    IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+];
 
 /// What forwarding needs. `accept_ra` 2: a forwarding host would otherwise lose the default route that a router advertises.
 const SYSCTLS: [(&str, &str); 2] = [
@@ -60,6 +69,66 @@ pub(crate) fn uplinks(configured: Option<&str>) -> Vec<String> {
     }
 }
 
+/// Finds the uplinks again and again. The kernel tells default routes only together with all others, of which a dense node has
+/// thousands; where one would lead is told at once.
+#[derive(Debug)]
+pub(crate) struct Uplinks {
+    configured: Option<String>,
+    read: Option<Read>,
+}
+
+/// What was found when all routes were read.
+#[derive(Debug)]
+struct Read {
+    at: Instant,
+    led_to: Hint,
+    found: Vec<String>,
+}
+
+/// The interfaces of the default routes of both families, of several one.
+type Hint = [Option<u32>; 2];
+
+/// A second next hop of a default route that goes on leading where it led is found so late.
+const READ_EVERY: Duration = Duration::from_secs(15);
+
+impl Uplinks {
+    pub(crate) fn new(configured: Option<&str>) -> Self {
+        Self {
+            configured: configured.map(str::to_owned),
+            read: None,
+        }
+    }
+
+    /// As [`uplinks`] finds them now, or found them a moment ago.
+    pub(crate) fn find(&mut self) -> Vec<String> {
+        if self.configured.is_some() {
+            return uplinks(self.configured.as_deref());
+        }
+        let led_to = hint();
+        if let Some(read) = &self.read
+            && let Some(now) = led_to
+            && read.led_to == now
+            && read.at.elapsed() < READ_EVERY
+        {
+            return read.found.clone();
+        }
+        let found = default_interfaces();
+        self.read = led_to.map(|led_to| Read {
+            at: Instant::now(),
+            led_to,
+            found: found.clone(),
+        });
+        found
+    }
+}
+
+/// `None`: the kernel cannot be asked.
+fn hint() -> Option<Hint> {
+    let mut rtnl = Rtnl::open().ok()?;
+    let [v6, v4] = FAR.map(|address| rtnl.route_to(address).ok());
+    Some([v6?, v4?])
+}
+
 /// The interfaces of the default routes, IPv6's first, each once. Empty while there is none.
 fn default_interfaces() -> Vec<String> {
     let v6 = fs::read_to_string(V6_ROUTES).unwrap_or_default();
@@ -108,9 +177,8 @@ pub(crate) fn interface_index(name: &str) -> Option<u32> {
 /// The BGP identifier where none is configured: the IPv4 address that the node would talk to the fabric with, else the low 32 bits
 /// of the IPv6 one.
 pub(crate) fn router_id() -> Option<Ipv4Addr> {
-    // Connecting a UDP socket sends nothing: it asks the routing table. The destinations are for documentation (RFC 5737, 3849).
-    let v4 = source_towards(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)));
-    let v6 = source_towards(IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)));
+    // Connecting a UDP socket sends nothing: it asks the routing table.
+    let [v6, v4] = FAR.map(source_towards);
     match (v4, v6) {
         (Some(IpAddr::V4(a)), _) if !a.is_loopback() => Some(a),
         (_, Some(IpAddr::V6(a))) => {
@@ -149,6 +217,35 @@ eth1\t0000000A\t00000000\t0001\t0\t0\t0\t000000FF\t0\t0\t0
 eth2\t00000000\t0100000A\t0003\t0\t0\t0\t00000000\t0\t0\t0
 ";
         assert_eq!(parse_v4(v4).collect::<Vec<_>>(), ["eth2"]);
+    }
+
+    #[test]
+    fn another_uplink_is_found_at_once_and_a_further_one_soon() {
+        if !kun_harness::require_root() {
+            return;
+        }
+        let netns = kun_harness::Netns::new("uplinks").unwrap();
+        let ip = |words: &str| netns.exec(words).unwrap();
+        for (name, address) in [("up0", "fd00:a::1/64"), ("up1", "fd00:b::1/64")] {
+            ip(&format!("link add {name} type veth peer name {name}-far"));
+            ip(&format!("link set {name}-far up"));
+            ip(&format!("link set {name} up"));
+            ip(&format!("address add {address} dev {name} nodad"));
+        }
+        netns.run(|| {
+            let mut uplinks = Uplinks::new(None);
+            assert_eq!(uplinks.find(), [""; 0]);
+            ip("-6 route add default via fd00:a::2");
+            assert_eq!(uplinks.find(), ["up0"]);
+            ip("-6 route replace default via fd00:b::2");
+            assert_eq!(uplinks.find(), ["up1"]);
+            // It goes on leading to the one, and the other is found when all routes are read.
+            ip("-6 route append default via fd00:a::2 metric 2000");
+            assert_eq!(uplinks.find(), ["up1"]);
+            let read = uplinks.read.as_mut().expect("it was read");
+            read.at -= READ_EVERY;
+            assert_eq!(uplinks.find(), ["up1", "up0"]);
+        });
     }
 
     #[test]

@@ -24,7 +24,7 @@ impl Dataplane {
 
     /// Puts the programs on the uplinks that are there and do not carry them yet.
     pub(crate) fn attach_uplinks(&mut self) {
-        for name in node::uplinks(self.config.node.uplink.as_deref()) {
+        for name in self.seek.find() {
             let Some(index) = node::interface_index(&name) else {
                 continue;
             };
