@@ -2,7 +2,8 @@
 //!
 //! The fabric sends a whole block to its owner; without these the node's default route would send what has no pod back, and the
 //! packet would run to and fro until its hop limit ends it. Routes of ours carry protocol 107 (0x6b); pods' own routes are longer
-//! and win. Other routes are never touched.
+//! and win. So does a link that has a whole block on it, as the bridge of another plugin that takes its addresses from kun: the
+//! kernel's route to that has a lower metric. Other routes are never touched.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -21,6 +22,12 @@ use netlink_sys::{Socket, SocketAddr};
 
 /// Marks what is ours.
 const PROTOCOL: RouteProtocol = RouteProtocol::Other(0x6b);
+
+/// After the kernel's own route to a link, which has none, and before any that a routing daemon makes of what it learns.
+const METRIC_V4: u32 = 1;
+
+/// The same: the kernel's own have 256. It is what IPv6 makes of no metric at all.
+const METRIC_V6: u32 = 1024;
 
 /// More answers than a routing table of any node holds: a dump that does not end is a bug, not a table.
 const MAX_MESSAGES: usize = 1_000_000;
@@ -49,17 +56,29 @@ pub(crate) enum RouteError {
     Endless,
 }
 
-/// Makes the set of our `unreachable` routes equal to `wanted`. Adds before it removes.
+/// A route of ours: destination and metric.
+type Held = (IpNet, u32);
+
+/// Makes the set of our `unreachable` routes equal to `wanted`. Adds before it removes; one of another metric, which an earlier
+/// version made, gives way.
 pub(crate) fn set(wanted: &BTreeSet<IpNet>) -> Result<(), RouteError> {
+    let wanted: BTreeSet<Held> = wanted.iter().map(|net| (*net, metric(net))).collect();
     let mut netlink = Netlink::open()?;
     let held = netlink.held()?;
-    for net in wanted.difference(&held) {
-        netlink.change(*net, true)?;
+    for route in wanted.difference(&held) {
+        netlink.change(*route, true)?;
     }
-    for net in held.difference(wanted) {
-        netlink.change(*net, false)?;
+    for route in held.difference(&wanted) {
+        netlink.change(*route, false)?;
     }
     Ok(())
+}
+
+fn metric(net: &IpNet) -> u32 {
+    match net {
+        IpNet::V4(_) => METRIC_V4,
+        IpNet::V6(_) => METRIC_V6,
+    }
 }
 
 /// A conversation with the kernel.
@@ -127,7 +146,7 @@ impl Netlink {
         }
     }
 
-    fn held(&mut self) -> Result<BTreeSet<IpNet>, RouteError> {
+    fn held(&mut self) -> Result<BTreeSet<Held>, RouteError> {
         let mut held = BTreeSet::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
@@ -145,8 +164,9 @@ impl Netlink {
         Ok(held)
     }
 
-    fn change(&mut self, net: IpNet, add: bool) -> Result<(), RouteError> {
-        let message = route(net);
+    /// Of two that differ in their metric alone the kernel removes the first, which is the lower one's, when that is none.
+    fn change(&mut self, (net, metric): Held, add: bool) -> Result<(), RouteError> {
+        let message = route(net, metric);
         let (message, flags, what) = if add {
             let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
             (RouteNetlinkMessage::NewRoute(message), flags, "add")
@@ -164,7 +184,7 @@ impl Netlink {
     }
 }
 
-fn route(net: IpNet) -> RouteMessage {
+fn route(net: IpNet, metric: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header = RouteHeader {
         address_family: match net {
@@ -181,11 +201,12 @@ fn route(net: IpNet) -> RouteMessage {
     message
         .attributes
         .push(RouteAttribute::Destination(RouteAddress::from(net.addr())));
+    message.attributes.push(RouteAttribute::Priority(metric));
     message
 }
 
-/// The destination of a route that this module made.
-fn ours(route: &RouteMessage) -> Option<IpNet> {
+/// A route that this module made.
+fn ours(route: &RouteMessage) -> Option<Held> {
     let header = &route.header;
     if header.kind != RouteType::Unreachable
         || header.protocol != PROTOCOL
@@ -206,5 +227,65 @@ fn ours(route: &RouteMessage) -> Option<IpNet> {
             AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             _ => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         });
-    IpNet::new(address, header.destination_prefix_length).ok()
+    let metric = route.attributes.iter().find_map(|a| match a {
+        RouteAttribute::Priority(metric) => Some(*metric),
+        _ => None,
+    });
+    let net = IpNet::new(address, header.destination_prefix_length).ok()?;
+    Some((net, metric.unwrap_or(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use kun_harness::{Netns, require_root, require_tool};
+
+    use super::*;
+
+    fn shown(netns: &Netns, words: &str) -> String {
+        let mut ip = Command::new("ip");
+        ip.args(words.split_whitespace());
+        String::from_utf8(netns.output(ip).unwrap().stdout).unwrap()
+    }
+
+    /// A bridge of another plugin has the first address of a block, with the block's length.
+    #[test]
+    fn a_block_on_a_link_is_reached_and_an_earlier_versions_route_gives_way() {
+        if !require_root() || !require_tool("ip") {
+            return;
+        }
+        let netns = Netns::new("blocks").unwrap();
+        for words in [
+            "link set lo up",
+            "route add unreachable 10.64.0.0/26 proto 107",
+            "link add name end type veth peer name other",
+            "link set end up",
+            "link set other up",
+            "addr add 10.64.0.0/26 dev end",
+            "addr add fd00:64::a40:0/122 dev end nodad",
+        ] {
+            netns.exec(words).unwrap();
+        }
+        let both: BTreeSet<IpNet> = ["10.64.0.0/26", "fd00:64::a40:0/122"]
+            .into_iter()
+            .map(|net| net.parse().unwrap())
+            .collect();
+        for _ in 0..2 {
+            netns.run(|| set(&both)).unwrap();
+        }
+        assert_eq!(
+            shown(&netns, "-4 route show proto 107").trim(),
+            "unreachable 10.64.0.0/26 metric 1"
+        );
+        let v6 = shown(&netns, "-6 route show proto 107");
+        assert!(v6.contains("unreachable fd00:64::a40:0/122"), "{v6}");
+        for address in ["10.64.0.5", "fd00:64::a40:5"] {
+            let way = shown(&netns, &format!("route get {address}"));
+            assert!(way.contains("dev end"), "{address}: {way}");
+        }
+        netns.run(|| set(&BTreeSet::new())).unwrap();
+        assert_eq!(shown(&netns, "-4 route show proto 107"), "");
+        assert_eq!(shown(&netns, "-6 route show proto 107"), "");
+    }
 }
