@@ -517,6 +517,53 @@ fn data_that_goes_back_is_never_taken_in_silence() {
     );
 }
 
+/// Its numbers have come back up to ours before anybody asks: a watch resumes as if nothing had been. However the two histories
+/// differ, it is seen at once, and no revision is told of what is of the other one.
+#[test]
+fn data_that_went_back_and_came_up_again_is_seen_by_its_newest_object() {
+    let lost: [fn(&mut Server); 5] = [
+        |s| s.create(Kind::Namespace, 5),
+        |s| s.update(Kind::Namespace, 1, false),
+        |s| s.delete(Kind::Namespace, 1),
+        |s| {
+            s.delete(Kind::Namespace, 1);
+            s.create(Kind::Namespace, 1);
+        },
+        |s| {
+            (0..4).for_each(|name| s.delete(Kind::Namespace, name));
+            s.create(Kind::Namespace, 5);
+            s.delete(Kind::Namespace, 5);
+        },
+    ];
+    let written: [fn(&mut Server); 4] = [
+        |_| {},
+        |s| s.create(Kind::Namespace, 4),
+        |s| s.update(Kind::Namespace, 1, false),
+        |s| s.delete(Kind::Namespace, 2),
+    ];
+    for (i, lost) in lost.iter().enumerate() {
+        for (j, written) in written.iter().enumerate() {
+            for properly in [false, true] {
+                let mut sim = quiet();
+                sim.server.backup();
+                lost(&mut sim.server);
+                // A stream that ends properly has lived.
+                sim.wait(Duration::from_secs(20));
+                let before = sim.server.revision();
+                sim.cut(properly);
+                sim.server.go_back();
+                written(&mut sim.server);
+                sim.server.count_on(before + 10);
+                written(&mut sim.server);
+                sim.wait(Duration::from_secs(60));
+                println!("lost {i}, written {j}, ended properly: {properly}");
+                sim.server.agrees(&sim.told);
+                assert_eq!(sim.hub.counts().map(|(_, c)| c.checks).sum::<u64>(), 0);
+            }
+        }
+    }
+}
+
 #[test]
 fn a_server_that_asks_to_wait_is_given_the_time() {
     let mut sim = Sim::new(5);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::answer::{Counts, Envelope, Purpose, said};
 use super::backoff::{Backoff, Jitter};
-use super::check::Check;
+use super::check::{Check, Proof};
 use super::json;
 use super::known::{Known, number};
 use super::refusal::{self, Meaning};
@@ -35,6 +35,8 @@ enum Why {
     Gone,
     /// The server's data is older than what is known.
     WentBack,
+    /// Nothing proves that what is known is of the server's history.
+    Unproven,
     /// Streams stayed silent, or said what nobody understands.
     Doubt,
     /// A check found a difference that stays.
@@ -105,8 +107,10 @@ pub struct Watch {
     backoff: Backoff,
     main: Main,
     pub(super) check: Check,
-    /// The stream before the one that is next, or runs, was lost: another server may answer now.
+    /// The stream before the one that is next, or runs, is over: another server may answer now, or another storage.
     lost: bool,
+    /// Whether what a resumed stream says goes on from what is known is still to be seen.
+    pub(super) proof: Option<Proof>,
     /// What the view has been through; `None`: it is in doubt.
     reached: Option<Reached>,
     /// Of a list that is not complete.
@@ -149,6 +153,7 @@ impl Watch {
             main: Main::Waiting { until: now },
             check: Check::new(),
             lost: false,
+            proof: None,
             reached: None,
             held: Vec::new(),
             synced: false,
@@ -169,9 +174,11 @@ impl Watch {
     }
 
     /// Which revision everything is told up to. Not known before the first list, after what was told turned out to be wrong or of
-    /// other data, where versions are no numbers, and as long as objects are missing.
+    /// other data, where versions are no numbers, as long as objects are missing, and from the end of a stream until the one
+    /// that resumed it has proven to go on from there.
     pub fn reached(&self) -> Option<Reached> {
-        self.reached.filter(|_| !self.partial())
+        let proven = !self.lost && self.proof.is_none();
+        self.reached.filter(|_| proven && !self.partial())
     }
 
     /// What has happened.
@@ -284,6 +291,11 @@ impl Watch {
     /// Lists anew because the server has not come as far as what is known.
     pub(super) fn relist_for_older_data(&mut self, cx: &mut Context<'_>) {
         self.turn(Turn::Relist(Why::WentBack), cx);
+    }
+
+    /// Lists anew because nothing proves that what is known is of the server's history.
+    pub(super) fn relist_unproven(&mut self, cx: &mut Context<'_>) {
+        self.turn(Turn::Relist(Why::Unproven), cx);
     }
 
     fn body(&mut self, bytes: &[u8], cx: &mut Context<'_>) {
@@ -414,6 +426,7 @@ impl Watch {
     /// A list is complete: what it did not name is gone, and all of it is told at once.
     fn complete(&mut self, version: Box<str>, cx: &mut Context<'_>) {
         self.lost = false;
+        self.proof = None;
         self.known.end_list(&mut self.held);
         self.counts.lists += 1;
         if self.why == Why::Check {
@@ -475,6 +488,7 @@ impl Watch {
             (BodyOf::Lines(_), purpose) => {
                 if lost.is_none() && healthy && purpose == Purpose::Watch {
                     // Its time was over. A whole cluster's streams may end with one server: they come back one by one.
+                    self.lost = true;
                     self.backoff.reset();
                     let wait = self.jitter.between(Duration::ZERO, self.pace.wait_first);
                     self.main = Main::Waiting {
@@ -506,6 +520,7 @@ impl Watch {
         cx: &mut Context<'_>,
     ) {
         let asked = retry_after.map(|asked| asked.min(self.pace.retry_after_at_most));
+        self.lost = true;
         let limits = (self.pace.wait_first, self.pace.wait_at_most);
         let wait = self.backoff.fail(&mut self.jitter, limits, asked);
         self.main = Main::Waiting {
@@ -652,7 +667,7 @@ impl Watch {
                             "{plural}: the API server sent what is no object and no event; everything is listed anew"
                         ));
                     }
-                    Why::First | Why::Gone | Why::Check => {}
+                    Why::First | Why::Gone | Why::Unproven | Why::Check => {}
                 }
             }
         }

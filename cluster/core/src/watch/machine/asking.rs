@@ -3,10 +3,23 @@
 use super::{Asked, BodyOf, EXPIRED_LISTS, Main, Watch};
 use crate::resource::{encode, selectors};
 use crate::watch::answer::Purpose;
+use crate::watch::check::Proof;
+use crate::watch::known::number;
 use crate::watch::split::Lines;
 use crate::watch::{Action, Context, Exchange, Lane, PAGE, Request};
 
 impl Watch {
+    /// A stream that is over goes on in another one: what was known when it ended has to be proven to be of the same history.
+    fn resumes(&mut self) {
+        let Some(from) = self.version.as_deref().and_then(number) else {
+            return;
+        };
+        // Lost again before it was proven: it is still the first loss that matters.
+        if self.lost && self.proof.is_none() {
+            self.proof = Some(Proof::new(self.known.newest().cloned(), from));
+        }
+    }
+
     /// Sends the request that is next.
     pub(super) fn ask(&mut self, cx: &mut Context<'_>) {
         let purpose = match &self.version {
@@ -36,6 +49,7 @@ impl Watch {
         };
         match purpose {
             Purpose::Watch => {
+                self.resumes();
                 let version = self.version.as_deref().unwrap_or_default();
                 query.push(("resourceVersion", version.to_owned()));
             }
@@ -70,6 +84,18 @@ impl Watch {
         accept: &'static str,
         cx: &mut Context<'_>,
     ) -> Exchange {
+        let collection = self.resource.collection(self.scope.namespace());
+        self.send_to(lane, collection, query, accept, cx)
+    }
+
+    pub(in crate::watch) fn send_to(
+        &mut self,
+        lane: Lane,
+        collection: String,
+        query: &[(&str, String)],
+        accept: &'static str,
+        cx: &mut Context<'_>,
+    ) -> Exchange {
         self.serial += 1;
         self.counts.requests += 1;
         let exchange = Exchange {
@@ -77,7 +103,7 @@ impl Watch {
             lane,
             serial: self.serial,
         };
-        let mut path = self.resource.collection(self.scope.namespace());
+        let mut path = collection;
         for (i, (key, value)) in query.iter().enumerate() {
             path.push(if i == 0 { '?' } else { '&' });
             path.push_str(key);
