@@ -43,6 +43,8 @@ pub(super) struct Proof {
     /// The version that was resumed from: what changes later is told.
     from: u64,
     asked: u32,
+    /// Probes without an answer.
+    failed: u32,
 }
 
 impl Proof {
@@ -51,6 +53,7 @@ impl Proof {
             witness,
             from,
             asked: 0,
+            failed: 0,
         }
     }
 
@@ -256,10 +259,16 @@ impl Watch {
 
     /// As long as something is to be proven there is a probe.
     fn probe_again(&mut self, now: Duration) {
-        if self.proof.is_some() && self.check.probe.is_none() {
-            let wait = self
-                .jitter
-                .between(self.pace.wait_first, self.pace.wait_at_most);
+        if let Some(proof) = &mut self.proof
+            && self.check.probe.is_none()
+        {
+            proof.failed = proof.failed.saturating_add(1);
+            let longer = self
+                .pace
+                .wait_first
+                .saturating_mul(1 << proof.failed.min(16));
+            let most = longer.min(self.pace.wait_at_most);
+            let wait = self.jitter.between(most / 2, most);
             self.check.probe = Some(now + wait);
         }
     }
