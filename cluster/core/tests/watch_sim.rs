@@ -38,6 +38,8 @@ enum Step {
     Streams(Streams),
     /// etcd is restored from a backup, and nobody writes for a while.
     GoBack,
+    /// The same, and the versions are where they were, and further, before anybody asks.
+    GoBackAndOn(Vec<(usize, u8)>),
     Backup,
 }
 
@@ -59,6 +61,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => prop::sample::select(vec![Lie::Lose, Lie::Invent, Lie::Twice, Lie::Swap, Lie::Garbage]).prop_map(Step::Lie),
         1 => prop::sample::select(vec![Streams::Yes, Streams::Refused, Streams::Ignored]).prop_map(Step::Streams),
         1 => Just(Step::GoBack),
+        1 => prop::collection::vec((kind(), name()), 0..4).prop_map(Step::GoBackAndOn),
         1 => Just(Step::Backup),
     ]
 }
@@ -301,6 +304,21 @@ impl Sim {
                 self.server.refuse.clear();
                 // The probe says it; the first bookmark would.
                 self.wait(Duration::from_secs(600));
+            }
+            Step::GoBackAndOn(written) => {
+                let before = self.server.revision();
+                self.server.go_back();
+                self.cut(false);
+                let write = |server: &mut Server| {
+                    for (kind, name) in written {
+                        server.update(KINDS[*kind], *name, false);
+                        server.delete(KINDS[*kind], *name);
+                        server.create(KINDS[*kind], *name);
+                    }
+                };
+                write(&mut self.server);
+                self.server.count_on(before);
+                write(&mut self.server);
             }
         }
         self.settle();

@@ -57,6 +57,11 @@ impl Proof {
         }
     }
 
+    /// Nothing was said between the two.
+    pub(super) fn is_as(&self, other: &Self) -> bool {
+        self.witness == other.witness && self.from == other.from
+    }
+
     fn of_deletion(&self) -> bool {
         let print = self.witness.as_ref().map(|witness| witness.print);
         print == Some(Print::default())
@@ -157,7 +162,7 @@ impl Watch {
     /// From now, a period later.
     pub(super) fn check_later(&mut self, now: Duration) {
         self.check.asked = None;
-        if self.proof.is_none() {
+        if self.proofs.is_empty() {
             self.check.probe = None;
         }
         self.check.suspects = None;
@@ -226,7 +231,8 @@ impl Watch {
     /// Asks a server that is at a version at least for the witness.
     fn ask_witness(&mut self, version: String, cx: &mut Context<'_>) {
         let mut query = selectors(self.kind, &self.scope);
-        let witness = self.proof.as_ref().and_then(|proof| proof.witness.as_ref());
+        let proof = self.proofs.last();
+        let witness = proof.and_then(|proof| proof.witness.as_ref());
         let mut namespace = self.scope.namespace().map(str::to_owned);
         if let Some(Witness { name, .. }) = witness {
             let field = format!("metadata.name={}", name.name);
@@ -238,7 +244,9 @@ impl Watch {
             // In its own namespace a server looks one name up and goes through no list.
             namespace = Some(name.namespace.to_string());
         }
-        query.push(("limit", "1".to_owned()));
+        // Nothing is known that could have a name: then nothing that is there may be older.
+        let limit = if witness.is_some() { 1 } else { PAGE };
+        query.push(("limit", limit.to_string()));
         query.push(("resourceVersion", version));
         query.push(("resourceVersionMatch", "NotOlderThan".to_owned()));
         let collection = self.resource.collection(namespace.as_deref());
@@ -259,7 +267,7 @@ impl Watch {
 
     /// As long as something is to be proven there is a probe.
     fn probe_again(&mut self, now: Duration) {
-        if let Some(proof) = &mut self.proof
+        if let Some(proof) = self.proofs.last_mut()
             && self.check.probe.is_none()
         {
             proof.failed = proof.failed.saturating_add(1);
@@ -275,16 +283,20 @@ impl Watch {
 
     /// The probe has an answer.
     fn probed(&mut self, found: Option<Print>, cx: &mut Context<'_>) {
-        let Some(proof) = &mut self.proof else { return };
+        let Some(proof) = self.proofs.last_mut() else {
+            return;
+        };
         match proof.verdict(found) {
+            // Where somebody goes by revisions nothing less will do than the last change itself.
+            Verdict::Unknown if self.revisions => self.relist_unproven(cx),
+            Verdict::Same if self.revisions && proof.of_deletion() => self.relist_unproven(cx),
             // Gone in both: what is not there proves less than what is.
             Verdict::Same if proof.of_deletion() => {
                 proof.witness = self.known.newest_until(proof.from);
                 self.probe_soon(cx.now);
             }
-            Verdict::Same => self.proof = None,
+            Verdict::Same => self.proven(cx.now),
             Verdict::Another => {
-                self.proof = None;
                 self.relist_for_older_data(cx);
             }
             Verdict::Unknown if proof.asked < MAX_WITNESSES => {
@@ -294,11 +306,18 @@ impl Watch {
             }
             // It is not there, and no stream says that it went; or all is small enough that a list costs no more than asking on.
             Verdict::Unknown if found.is_none() || self.known.len() <= PAGE => {
-                self.proof = None;
                 self.relist_unproven(cx);
             }
             // Whatever is asked for changes meanwhile: a busy kind, whose changes the stream tells.
-            Verdict::Unknown => self.proof = None,
+            Verdict::Unknown => self.proven(cx.now),
+        }
+    }
+
+    /// The last loss is proven, the ones before it are next.
+    fn proven(&mut self, now: Duration) {
+        self.proofs.pop();
+        if !self.proofs.is_empty() {
+            self.probe_soon(now);
         }
     }
 
@@ -321,7 +340,11 @@ impl Watch {
                     if let Piece::Whole(json) = piece
                         && let Ok(Item { metadata }) = serde_json::from_slice(json)
                     {
-                        asked.found = Some(metadata.print());
+                        let print = metadata.print();
+                        let oldest = asked
+                            .found
+                            .filter(|found| !found.later_than(print.version()));
+                        asked.found = oldest.or(Some(print));
                     }
                 }),
                 None => asked.items.push(bytes, |piece| self.check_item(piece, cx)),

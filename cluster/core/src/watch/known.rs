@@ -27,6 +27,10 @@ pub(super) struct Print {
 }
 
 impl Print {
+    pub(super) fn version(self) -> u64 {
+        self.version
+    }
+
     /// Whether it is of a later version than this.
     pub(super) fn later_than(self, version: u64) -> bool {
         self.version > version
@@ -72,7 +76,7 @@ pub(super) struct Witness {
     /// [`Print::default`]: it was deleted.
     pub(super) print: Print,
     /// When.
-    at: u64,
+    pub(super) at: u64,
 }
 
 #[derive(Debug)]
@@ -271,6 +275,12 @@ impl Known {
             let name = name.clone();
             self.newest = Some(Witness { name, print, at });
         }
+    }
+
+    /// Whether an object is known that the server says is deleted.
+    pub(super) fn holds(&self, names: &mut Interner, tree: &Node<'_>) -> bool {
+        self.name(names, tree)
+            .is_some_and(|name| self.held.contains_key(&name))
     }
 
     /// What changed last.

@@ -109,8 +109,10 @@ pub struct Watch {
     pub(super) check: Check,
     /// The stream before the one that is next, or runs, is over: another server may answer now, or another storage.
     lost: bool,
-    /// Whether what a resumed stream says goes on from what is known is still to be seen.
-    pub(super) proof: Option<Proof>,
+    /// Whether what resumed streams say goes on from what was known is still to be seen: one for each stream that is over.
+    pub(super) proofs: Vec<Proof>,
+    /// Somebody goes by revisions: see [`Watch::go_by_revisions`].
+    pub(super) revisions: bool,
     /// What the view has been through; `None`: it is in doubt.
     reached: Option<Reached>,
     /// Of a list that is not complete.
@@ -153,7 +155,8 @@ impl Watch {
             main: Main::Waiting { until: now },
             check: Check::new(),
             lost: false,
-            proof: None,
+            proofs: Vec::new(),
+            revisions: false,
             reached: None,
             held: Vec::new(),
             synced: false,
@@ -161,6 +164,13 @@ impl Watch {
             trouble: None,
             note: None,
         }
+    }
+
+    /// Somebody goes by what [`Watch::reached`] says. Streams are then resumed from the last change and not from the last bookmark: where
+    /// no change was, a server of the same history sends nothing more, and one of another history sends what it has there. A kind that is
+    /// quiet for longer than the server remembers is listed more often for it.
+    pub(super) fn go_by_revisions(&mut self) {
+        self.revisions = true;
     }
 
     /// The first list is complete.
@@ -177,7 +187,7 @@ impl Watch {
     /// other data, where versions are no numbers, as long as objects are missing, and from the end of a stream until the one
     /// that resumed it has proven to go on from there.
     pub fn reached(&self) -> Option<Reached> {
-        let proven = !self.lost && self.proof.is_none();
+        let proven = !self.lost && self.proofs.is_empty();
         self.reached.filter(|_| proven && !self.partial())
     }
 
@@ -373,7 +383,10 @@ impl Watch {
         let version: Box<str> = version.into();
         // The events of a list come in any order; those of a watch never go back.
         if !listing && self.went_back(&version) {
-            return Some(Turn::Relist(Why::WentBack));
+            // Between the last change that a list named and its version there may have been deletions.
+            let gone = event.kind == "DELETED" && !self.known.holds(cx.names, &event.object);
+            let known = self.revisions && !self.proofs.is_empty() && gone;
+            return (!known).then_some(Turn::Relist(Why::WentBack));
         }
         let deltas = if listing {
             &mut self.held
@@ -426,7 +439,7 @@ impl Watch {
     /// A list is complete: what it did not name is gone, and all of it is told at once.
     fn complete(&mut self, version: Box<str>, cx: &mut Context<'_>) {
         self.lost = false;
-        self.proof = None;
+        self.proofs.clear();
         self.known.end_list(&mut self.held);
         self.counts.lists += 1;
         if self.why == Why::Check {
