@@ -27,6 +27,10 @@ pub struct Held {
     pub draining: bool,
     /// How far the owner is, as it said itself.
     pub phase: Phase,
+    /// Changes of what is asked for so far; of a list there is no number.
+    pub generation: Option<i64>,
+    /// The one that the owner's status is about.
+    pub observed: Option<i64>,
     /// What the owner said last; all zero before.
     pub word: Word,
     name: ObjectName,
@@ -159,6 +163,8 @@ impl Blocks for ListedBlocks {
             epoch: block.spec.epoch,
             draining: block.spec.draining,
             phase: Phase::Confirmed,
+            generation: None,
+            observed: None,
             word: Word::default(),
             name: block.meta.name.clone(),
             version: None,
@@ -233,6 +239,7 @@ impl Blocks for ApiBlocks {
         let patch = json!({
             "metadata": {"resourceVersion": held.version.as_deref()},
             "status": {
+                "observedGeneration": held.generation,
                 "epoch": held.epoch,
                 "phase": phase,
                 "allocated": word.allocated,
@@ -298,6 +305,8 @@ fn held(block: &IpamBlock) -> Option<Held> {
         epoch: block.spec.epoch,
         draining: block.spec.draining,
         phase: block.phase(),
+        generation: block.generation,
+        observed: own.and_then(|status| status.observed_generation),
         word,
         name: block.meta.name.clone(),
         version: Some(Arc::clone(resource_version)),

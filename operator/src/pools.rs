@@ -189,7 +189,7 @@ pub fn status(
             reason: reason.to_owned(),
             message,
             last_transition_time: since.unwrap_or(Text(now)),
-            observed_generation: None,
+            observed_generation: pool.generation,
         }
     };
     let ready = match pool.spec.closed {
@@ -206,7 +206,7 @@ pub fn status(
         Some(shortage) => condition("Exhausted", true, "Shortage", shortage.to_string()),
     };
     IpPoolStatus {
-        observed_generation: None,
+        observed_generation: pool.generation,
         blocks: Some(
             pool.spec
                 .pods

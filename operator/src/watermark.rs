@@ -92,6 +92,8 @@ pub fn every(cooldown: Duration) -> Duration {
 struct Seen {
     store: Store,
     synced: bool,
+    /// The watch of Leases stands, and goes on from what it said before: else they may be of a storage that was restored since.
+    stands: bool,
 }
 
 /// The fold at work; dropped, it ends after its current call, which is a compare-and-swap and hurts nobody who comes after.
@@ -115,7 +117,8 @@ impl Folding {
         let seen = Arc::new(Mutex::new(Seen::default()));
         let wanted = Wanted::new()
             .all([Kind::Node])
-            .of_namespace(Kind::Lease, lease::NAMESPACE);
+            .of_namespace(Kind::Lease, lease::NAMESPACE)
+            .revisions_of(Kind::Lease);
         let to = Arc::clone(&seen);
         let following = Source::open(source)?.follow(wanted, move |event| {
             let mut seen = to.lock().unwrap_or_else(PoisonError::into_inner);
@@ -125,7 +128,8 @@ impl Folding {
                     .for_each(|delta| drop(seen.store.apply(delta))),
                 Event::Synced => seen.synced = true,
                 Event::Trouble(what) => tracing::warn!("watermark: {what}"),
-                Event::Partial | Event::Whole | Event::Reached(..) => {}
+                Event::Reached(_, reached) => seen.stands = reached.is_some(),
+                Event::Partial | Event::Whole => {}
             }
             true
         })?;
@@ -206,10 +210,10 @@ impl Folder {
         self.trouble = Some(what);
     }
 
-    /// What has been told since; `false`: not everything has been told once.
+    /// What has been told since; `false`: not everything has been told once, or nobody knows whether it still holds.
     fn take_in(&mut self, now: BootTime) -> bool {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if !seen.synced {
+        if !(seen.synced && seen.stands) {
             return false;
         }
         let mut there: BTreeSet<&str> = BTreeSet::new();

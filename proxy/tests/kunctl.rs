@@ -82,7 +82,7 @@ fn release_asks_twice_and_spares_the_living() {
     if !require_tool("script") {
         return;
     }
-    let Some(mut node) = Node::prepare("release") else {
+    let Some(mut node) = Node::prepare_beside("release") else {
         return;
     };
     node.configure(|config| {
@@ -268,9 +268,10 @@ fn traffic(from: &Netns, to: &[SocketAddr], stop: &AtomicBool, made: &AtomicU32)
 
 #[test]
 fn a_damaged_store_is_refused_by_all_and_rebuilt_under_living_pods() {
-    let Some(mut node) = Node::start("rebuild") else {
+    let Some(mut node) = Node::prepare_beside("rebuild") else {
         return;
     };
+    node.spawn();
     // What a speaker would have told.
     for route in [
         "10.64.0.0/26 via 192.0.2.2",

@@ -16,7 +16,9 @@
 //! it finds its numbers too high, and that is where they are caught: a node that published more than it has now publishes anew
 //! without waiting for its turn; the fold doubts what is above the newest revision that the server has ([`Fold::head`]), until
 //! that node writes again; and a node believes no minimum above what it has applied itself, since it is one of those that were
-//! folded ([`believed`]). What was restored along with the rest is older than the backup, and so holds nothing up and frees nothing.
+//! folded ([`believed`]). What was restored along with the rest is older than the backup, and so holds nothing up and frees nothing. A
+//! number that has come up again to what it was proves nothing; so nobody goes by a view whose stream is cut off, or has come back and is
+//! not proven to be of the same history (`kun_cluster_core::watch`).
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -506,7 +506,7 @@ impl Keeper {
                 ..word_of(held.block, standings)
             };
             let speaks = matches!(held.phase, crd::Phase::Confirmed | crd::Phase::Draining);
-            if speaks && word != held.word {
+            if speaks && (word != held.word || held.observed != held.generation) {
                 self.giver.tell(held, held.phase, word)?;
             }
         }

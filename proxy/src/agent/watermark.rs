@@ -45,6 +45,8 @@ impl Applied {
 #[derive(Debug, Default)]
 struct Read {
     fold: Option<Fold>,
+    /// Its watch stands, and goes on from what it said before: else the fold may be of a storage that was restored since.
+    stands: bool,
     trouble: Option<String>,
 }
 
@@ -67,7 +69,9 @@ impl Watermarks {
         failures: Failures,
     ) -> Result<Self, SourceError> {
         let read = Arc::new(Mutex::new(Read::default()));
-        let wanted = Wanted::new().named(Kind::Lease, lease::fold_name());
+        let wanted = Wanted::new()
+            .named(Kind::Lease, lease::fold_name())
+            .revisions_of(Kind::Lease);
         let to = Arc::clone(&read);
         let following = Source::open(source)?.follow(wanted, move |event| {
             on_event(
@@ -87,7 +91,7 @@ impl Watermarks {
 
     /// What all nodes have applied, as far as this one may believe it.
     pub(crate) fn believed(&self) -> Option<Watermark> {
-        let fold = self.fold()?;
+        let fold = self.fold().filter(|_| self.stands())?;
         let folded = fold.revision.map(|revision| Watermark {
             revision: Revision(revision),
             lagging: fold.slowest,
@@ -98,6 +102,11 @@ impl Watermarks {
     fn fold(&self) -> Option<Fold> {
         let read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         read.fold.clone()
+    }
+
+    fn stands(&self) -> bool {
+        let read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        read.stands
     }
 
     /// Publishes what is applied, at most once a period.
@@ -132,6 +141,11 @@ impl Watermarks {
                 let all = format!("all nodes have applied revision {revision}");
                 (all + &slowest(fold), true)
             }
+            (Some(_), None, Some(_)) if !self.stands() => (
+                "what was folded is not known to be of the storage that there is now: its watch is cut off, or has just come back"
+                    .to_owned(),
+                false,
+            ),
             (Some(fold), None, Some(applied)) => match fold.revision {
                 Some(revision) => (
                     format!(
@@ -206,7 +220,8 @@ fn on_event(read: &mut Read, event: Event) {
             tracing::warn!("watermark: {what}");
             read.trouble = Some(what);
         }
-        Event::Partial | Event::Whole | Event::Reached(..) => {}
+        Event::Reached(_, reached) => read.stands = reached.is_some(),
+        Event::Partial | Event::Whole => {}
     }
 }
 

@@ -100,7 +100,7 @@ pub(crate) struct Node {
     /// Further flags of the agent.
     pub(crate) flags: Vec<String>,
     directory: tempfile::TempDir,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Option<MutexGuard<'static, ()>>,
 }
 
 impl Node {
@@ -113,6 +113,16 @@ impl Node {
 
     /// The same without an agent yet.
     pub(crate) fn prepare(what: &str) -> Option<Self> {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let node = Self::prepare_beside(what)?;
+        Some(Self {
+            _turn: Some(turn),
+            ..node
+        })
+    }
+
+    /// The same beside others: where no test of the binary enters its node's cgroup.
+    pub(crate) fn prepare_beside(what: &str) -> Option<Self> {
         if !require_root() || !require_tool("ip") {
             return None;
         }
@@ -124,7 +134,6 @@ impl Node {
     }
 
     fn build(what: &str) -> anyhow::Result<Self> {
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let netns = Netns::new(&format!("{what}-n"))?;
         let fabric = Netns::new(&format!("{what}-f"))?;
         veth(&netns, "eth0", &fabric, "node")?;
@@ -151,7 +160,7 @@ impl Node {
             bpffs: BpfFs::new()?,
             flags: Vec::new(),
             directory,
-            _turn: turn,
+            _turn: None,
         };
         node.manifest(
             "node.yaml",

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::{KUN_GROUP, KUN_VERSION, Meta, Object, Resource};
+use crate::{KUN_GROUP, KUN_VERSION, Meta, Object, Origin, Resource};
 
 mod bgp;
 mod bgpadvertisement;
@@ -106,6 +106,8 @@ static CHECKS: &[Check] = &[
 pub struct Custom<S, T> {
     /// Name, labels, origin.
     pub meta: Meta,
+    /// metadata.generation: counts the changes of `spec`. Of a manifest there is none that counts.
+    pub generation: Option<i64>,
     /// What is asked for.
     pub spec: S,
     /// What became of it, where somebody said so.
@@ -296,12 +298,23 @@ fn read<S: Spec>(
     let status = status
         .flatten()
         .and_then(|status| typed::<S::Status>(status, f.cursor()));
-    let object = Custom { meta, spec, status };
+    let generation = generation(f).filter(|_| matches!(meta.origin, Origin::Api { .. }));
+    let object = Custom {
+        meta,
+        generation,
+        spec,
+        status,
+    };
     let faults = broken(S::RULES, &object);
     for fault in &faults {
         walk::fault_below(f.cursor(), fault);
     }
     faults.is_empty().then(|| S::object(Arc::new(object)))
+}
+
+fn generation(f: &Fields<'_, '_>) -> Option<i64> {
+    let metadata = f.get("metadata")?.fields();
+    metadata.get("generation")?.text()?.parse().ok()
 }
 
 /// The schema of a type and its `Deserialize` are of one derive: a value that fits one fits the other.

@@ -1,7 +1,11 @@
 //! The check of a watch: names and versions alone, listed by pages now and then, against what was told.
 //!
 //! A watch that resumes after a loss may have come to a server whose data is older: that one waits, without a word, for a version that
-//! it may never reach. So it is asked, with a list of one object, whether it has come as far (a *probe*).
+//! it may never reach. Or the storage was restored from a backup, and its versions have come back up to ours: then it goes on as if
+//! nothing had been, and what is known is of another history. So it is asked, with a list of one object, whether it has come as far
+//! and still has that object as it was when the stream ended (a *probe*). The object is the one that had changed last, its *witness*: a
+//! history that has its last change has all changes before. What no probe can see: a backup that is younger than the last
+//! change, with bookmarks alone between it and the end of the stream.
 //!
 //! A list and a watch are never at the same point, so a difference means nothing by itself. One that is the very same, on both
 //! sides, longer than an event can be on its way, was lost or invented.
@@ -10,7 +14,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::answer::{Envelope, Purpose, said};
-use super::known::{Item, Print};
+use super::known::{Item, Print, Witness};
 use super::split::{Items, Piece};
 use super::{Action, Context, Exchange, Input, Lane, PAGE, Watch, refusal};
 use crate::ObjectName;
@@ -25,6 +29,65 @@ const MAX_PAGES: u32 = 10_000;
 /// How the API server calls a resourceVersion that its data has not reached within three seconds.
 const TOO_LARGE: &str = "Too large resource version";
 
+const NAMES_AND_VERSIONS: &str =
+    "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
+
+/// Witnesses that are asked for, one after the other, when each has changed meanwhile.
+const MAX_WITNESSES: u32 = 4;
+
+/// What has to be proven of a stream that resumed another: that it is of the same history.
+#[derive(Debug, Clone)]
+pub(super) struct Proof {
+    /// `None`: there is nothing to tell histories apart by.
+    witness: Option<Witness>,
+    /// The version that was resumed from: what changes later is told.
+    from: u64,
+    asked: u32,
+    /// Probes without an answer.
+    failed: u32,
+}
+
+impl Proof {
+    pub(super) fn new(witness: Option<Witness>, from: u64) -> Self {
+        Self {
+            witness,
+            from,
+            asked: 0,
+            failed: 0,
+        }
+    }
+
+    /// Nothing was said between the two.
+    pub(super) fn is_as(&self, other: &Self) -> bool {
+        self.witness == other.witness && self.from == other.from
+    }
+
+    fn of_deletion(&self) -> bool {
+        let print = self.witness.as_ref().map(|witness| witness.print);
+        print == Some(Print::default())
+    }
+
+    fn verdict(&self, found: Option<Print>) -> Verdict {
+        // Nothing is known: what is there has to be later.
+        let held = self.witness.as_ref().map(|witness| witness.print);
+        match found {
+            found if found.unwrap_or_default() == held.unwrap_or_default() => Verdict::Same,
+            Some(print) if !print.later_than(self.from) => Verdict::Another,
+            Some(_) if held.is_none() => Verdict::Same,
+            // Changed since, or deleted, of which the stream tells; or never there.
+            Some(_) | None => Verdict::Unknown,
+        }
+    }
+}
+
+/// Of whose history an answer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Same,
+    Another,
+    Unknown,
+}
+
 /// What the list says, and what is held.
 type Pair = (Print, Print);
 
@@ -32,6 +95,8 @@ type Pair = (Print, Print);
 struct Asked {
     exchange: Exchange,
     probe: bool,
+    /// What the probe has found of its witness.
+    found: Option<Print>,
     heard: Duration,
     items: Items,
     refused: Option<(u16, Vec<u8>)>,
@@ -97,7 +162,9 @@ impl Watch {
     /// From now, a period later.
     pub(super) fn check_later(&mut self, now: Duration) {
         self.check.asked = None;
-        self.check.probe = None;
+        if self.proofs.is_empty() {
+            self.check.probe = None;
+        }
         self.check.suspects = None;
         let objects = u32::try_from(self.known.len()).unwrap_or(u32::MAX);
         let period = self.pace.check_per_object.saturating_mul(objects);
@@ -112,6 +179,7 @@ impl Watch {
         if let Some(asked) = &self.check.asked {
             if asked.heard + self.pace.answer_within <= cx.now {
                 cx.actions.push(Action::Abort(asked.exchange));
+                self.probe_again(cx.now);
                 self.check_later(cx.now);
             }
             return;
@@ -119,7 +187,7 @@ impl Watch {
         if self.check.probe.take_if(|due| *due <= cx.now).is_some() {
             // Else there is nothing to probe: whoever asks next resumes anew.
             if let Some(version) = self.watching().map(str::to_owned) {
-                self.check_ask(true, Some(version), None, cx);
+                self.ask_witness(version, cx);
             }
             return;
         }
@@ -146,19 +214,8 @@ impl Watch {
         // for that.
         let at_least = self.streams(cx.now).then_some(version);
         self.check.pages += 1;
-        self.check_ask(false, at_least, token, cx);
-    }
-
-    fn check_ask(
-        &mut self,
-        probe: bool,
-        at_least: Option<String>,
-        token: Option<String>,
-        cx: &mut Context<'_>,
-    ) {
         let mut query = selectors(self.kind, &self.scope);
-        let limit = if probe { 1 } else { PAGE };
-        query.push(("limit", limit.to_string()));
+        query.push(("limit", PAGE.to_string()));
         match (token, at_least) {
             (Some(token), _) => query.push(("continue", token)),
             (None, Some(version)) => {
@@ -167,16 +224,101 @@ impl Watch {
             }
             (None, None) => query.push(("resourceVersion", "0".to_owned())),
         }
-        let accept =
-            "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
-        let exchange = self.send(Lane::Check, &query, accept, cx);
+        let exchange = self.send(Lane::Check, &query, NAMES_AND_VERSIONS, cx);
+        self.check_asked(exchange, false, cx);
+    }
+
+    /// Asks a server that is at a version at least for the witness.
+    fn ask_witness(&mut self, version: String, cx: &mut Context<'_>) {
+        let mut query = selectors(self.kind, &self.scope);
+        let proof = self.proofs.last();
+        let witness = proof.and_then(|proof| proof.witness.as_ref());
+        let mut namespace = self.scope.namespace().map(str::to_owned);
+        if let Some(Witness { name, .. }) = witness {
+            let field = format!("metadata.name={}", name.name);
+            match query.iter_mut().find(|(key, _)| *key == "fieldSelector") {
+                Some((_, fields)) if fields.contains(&field) => {}
+                Some((_, fields)) => *fields = format!("{fields},{field}"),
+                None => query.push(("fieldSelector", field)),
+            }
+            // In its own namespace a server looks one name up and goes through no list.
+            namespace = Some(name.namespace.to_string());
+        }
+        // Nothing is known that could have a name: then nothing that is there may be older.
+        let limit = if witness.is_some() { 1 } else { PAGE };
+        query.push(("limit", limit.to_string()));
+        query.push(("resourceVersion", version));
+        query.push(("resourceVersionMatch", "NotOlderThan".to_owned()));
+        let collection = self.resource.collection(namespace.as_deref());
+        let exchange = self.send_to(Lane::Check, collection, &query, NAMES_AND_VERSIONS, cx);
+        self.check_asked(exchange, true, cx);
+    }
+
+    fn check_asked(&mut self, exchange: Exchange, probe: bool, cx: &mut Context<'_>) {
         self.check.asked = Some(Asked {
             exchange,
             probe,
+            found: None,
             heard: cx.now,
             items: Items::default(),
             refused: None,
         });
+    }
+
+    /// As long as something is to be proven there is a probe.
+    fn probe_again(&mut self, now: Duration) {
+        if let Some(proof) = self.proofs.last_mut()
+            && self.check.probe.is_none()
+        {
+            proof.failed = proof.failed.saturating_add(1);
+            let longer = self
+                .pace
+                .wait_first
+                .saturating_mul(1 << proof.failed.min(16));
+            let most = longer.min(self.pace.wait_at_most);
+            let wait = self.jitter.between(most / 2, most);
+            self.check.probe = Some(now + wait);
+        }
+    }
+
+    /// The probe has an answer.
+    fn probed(&mut self, found: Option<Print>, cx: &mut Context<'_>) {
+        let Some(proof) = self.proofs.last_mut() else {
+            return;
+        };
+        match proof.verdict(found) {
+            // Where somebody goes by revisions nothing less will do than the last change itself.
+            Verdict::Unknown if self.revisions => self.relist_unproven(cx),
+            Verdict::Same if self.revisions && proof.of_deletion() => self.relist_unproven(cx),
+            // Gone in both: what is not there proves less than what is.
+            Verdict::Same if proof.of_deletion() => {
+                proof.witness = self.known.newest_until(proof.from);
+                self.probe_soon(cx.now);
+            }
+            Verdict::Same => self.proven(cx.now),
+            Verdict::Another => {
+                self.relist_for_older_data(cx);
+            }
+            Verdict::Unknown if proof.asked < MAX_WITNESSES => {
+                proof.asked += 1;
+                proof.witness = self.known.newest_until(proof.from);
+                self.probe_soon(cx.now);
+            }
+            // It is not there, and no stream says that it went; or all is small enough that a list costs no more than asking on.
+            Verdict::Unknown if found.is_none() || self.known.len() <= PAGE => {
+                self.relist_unproven(cx);
+            }
+            // Whatever is asked for changes meanwhile: a busy kind, whose changes the stream tells.
+            Verdict::Unknown => self.proven(cx.now),
+        }
+    }
+
+    /// The last loss is proven, the ones before it are next.
+    fn proven(&mut self, now: Duration) {
+        self.proofs.pop();
+        if !self.proofs.is_empty() {
+            self.probe_soon(now);
+        }
     }
 
     pub(super) fn check_input(
@@ -194,11 +336,24 @@ impl Watch {
             Input::Head { status, .. } => asked.refused = Some((status, Vec::new())),
             Input::Body(bytes) => match &mut asked.refused {
                 Some((_, text)) => text.extend_from_slice(&bytes[..bytes.len().min(1 << 10)]),
-                None if asked.probe => {}
+                None if asked.probe => asked.items.push(bytes, |piece| {
+                    if let Piece::Whole(json) = piece
+                        && let Ok(Item { metadata }) = serde_json::from_slice(json)
+                    {
+                        let print = metadata.print();
+                        let oldest = asked
+                            .found
+                            .filter(|found| !found.later_than(print.version()));
+                        asked.found = oldest.or(Some(print));
+                    }
+                }),
                 None => asked.items.push(bytes, |piece| self.check_item(piece, cx)),
             },
             Input::End => return self.check_page_ended(asked, cx),
-            Input::Lost(_) => return self.check_later(cx.now),
+            Input::Lost(_) => {
+                self.probe_again(cx.now);
+                return self.check_later(cx.now);
+            }
         }
         self.check.asked = Some(asked);
     }
@@ -224,7 +379,7 @@ impl Watch {
                 return self.relist_for_older_data(cx);
             }
             if asked.probe {
-                return;
+                return self.probe_again(cx.now);
             }
             self.check.trouble = (status == 403).then(|| {
                 refusal::trouble(
@@ -238,7 +393,11 @@ impl Watch {
             return self.check_later(cx.now);
         }
         if asked.probe {
-            return;
+            // An answer that is cut off says nothing.
+            return match asked.items.envelope_of().and_then(Envelope::read) {
+                Some(_) => self.probed(asked.found, cx),
+                None => self.probe_again(cx.now),
+            };
         }
         let Some(envelope) = asked.items.envelope_of().and_then(Envelope::read) else {
             return self.check_later(cx.now);

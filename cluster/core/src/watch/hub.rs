@@ -39,7 +39,11 @@ impl Hub {
             let seed = seeds
                 .between(Duration::ZERO, Duration::from_nanos(u64::MAX))
                 .as_nanos() as u64;
-            Watch::new(index, kind, scope.clone(), pace, seed, now)
+            let mut watch = Watch::new(index, kind, scope.clone(), pace, seed, now);
+            if wanted.wants_revisions(kind) {
+                watch.go_by_revisions();
+            }
+            watch
         });
         Self {
             watches: watches.collect(),

@@ -27,6 +27,15 @@ pub(super) struct Print {
 }
 
 impl Print {
+    pub(super) fn version(self) -> u64 {
+        self.version
+    }
+
+    /// Whether it is of a later version than this.
+    pub(super) fn later_than(self, version: u64) -> bool {
+        self.version > version
+    }
+
     pub(super) fn new(uid: &str, version: &str) -> Self {
         Self {
             uid: uid_print(uid),
@@ -60,6 +69,16 @@ fn hash(bytes: &[u8]) -> u64 {
     FixedState::default().hash_one(bytes)
 }
 
+/// The object that a watch changed last, as it then was: what tells one history of a storage from another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Witness {
+    pub(super) name: ObjectName,
+    /// [`Print::default`]: it was deleted.
+    pub(super) print: Print,
+    /// When.
+    pub(super) at: u64,
+}
+
 #[derive(Debug)]
 struct Held {
     print: Print,
@@ -87,6 +106,8 @@ pub(super) struct Known {
     faults: BTreeMap<ObjectName, Vec<String>>,
     /// Objects that are wrong and of which nothing was ever told.
     blank: usize,
+    /// Of the last list and what came after it.
+    newest: Option<Witness>,
 }
 
 impl Known {
@@ -100,6 +121,7 @@ impl Known {
             check: 0,
             faults: BTreeMap::new(),
             blank: 0,
+            newest: None,
         }
     }
 
@@ -137,6 +159,7 @@ impl Known {
     /// A list begins: what it does not name is gone at its end.
     pub(super) fn begin_list(&mut self) {
         self.round = self.round.wrapping_add(1);
+        self.newest = None;
     }
 
     /// It is complete.
@@ -164,6 +187,7 @@ impl Known {
             json::text(tree, &["metadata", "uid"]).unwrap_or_default(),
             json::text(tree, &["metadata", "resourceVersion"]).unwrap_or_default(),
         );
+        self.changed(&name, print, tree);
         let round = self.round;
         if let Some(held) = self.held.get_mut(&name) {
             held.round = round;
@@ -239,8 +263,43 @@ impl Known {
         let Some(name) = self.name(names, tree) else {
             return false;
         };
+        self.changed(&name, Print::default(), tree);
         self.remove(&name, deltas);
         true
+    }
+
+    fn changed(&mut self, name: &ObjectName, print: Print, tree: &Node<'_>) {
+        let version = json::text(tree, &["metadata", "resourceVersion"]).and_then(number);
+        let Some(at) = version else { return };
+        if self.newest.as_ref().is_none_or(|newest| newest.at <= at) {
+            let name = name.clone();
+            self.newest = Some(Witness { name, print, at });
+        }
+    }
+
+    /// Whether an object is known that the server says is deleted.
+    pub(super) fn holds(&self, names: &mut Interner, tree: &Node<'_>) -> bool {
+        self.name(names, tree)
+            .is_some_and(|name| self.held.contains_key(&name))
+    }
+
+    /// What changed last.
+    pub(super) fn newest(&self) -> Option<&Witness> {
+        self.newest.as_ref()
+    }
+
+    /// Of what has not changed since a version, what changed last.
+    pub(super) fn newest_until(&self, version: u64) -> Option<Witness> {
+        let until = self
+            .held
+            .iter()
+            .filter(|(_, held)| held.print.version <= version);
+        let (name, held) = until.max_by_key(|(_, held)| held.print.version)?;
+        Some(Witness {
+            name: name.clone(),
+            print: held.print,
+            at: held.print.version,
+        })
     }
 
     fn remove(&mut self, name: &ObjectName, deltas: &mut Vec<Delta>) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::answer::{Counts, Envelope, Purpose, said};
 use super::backoff::{Backoff, Jitter};
-use super::check::Check;
+use super::check::{Check, Proof};
 use super::json;
 use super::known::{Known, number};
 use super::refusal::{self, Meaning};
@@ -35,6 +35,8 @@ enum Why {
     Gone,
     /// The server's data is older than what is known.
     WentBack,
+    /// Nothing proves that what is known is of the server's history.
+    Unproven,
     /// Streams stayed silent, or said what nobody understands.
     Doubt,
     /// A check found a difference that stays.
@@ -105,8 +107,12 @@ pub struct Watch {
     backoff: Backoff,
     main: Main,
     pub(super) check: Check,
-    /// The stream before the one that is next, or runs, was lost: another server may answer now.
+    /// The stream before the one that is next, or runs, is over: another server may answer now, or another storage.
     lost: bool,
+    /// Whether what resumed streams say goes on from what was known is still to be seen: one for each stream that is over.
+    pub(super) proofs: Vec<Proof>,
+    /// Somebody goes by revisions: see [`Watch::go_by_revisions`].
+    pub(super) revisions: bool,
     /// What the view has been through; `None`: it is in doubt.
     reached: Option<Reached>,
     /// Of a list that is not complete.
@@ -149,6 +155,8 @@ impl Watch {
             main: Main::Waiting { until: now },
             check: Check::new(),
             lost: false,
+            proofs: Vec::new(),
+            revisions: false,
             reached: None,
             held: Vec::new(),
             synced: false,
@@ -156,6 +164,13 @@ impl Watch {
             trouble: None,
             note: None,
         }
+    }
+
+    /// Somebody goes by what [`Watch::reached`] says. Streams are then resumed from the last change and not from the last bookmark: where
+    /// no change was, a server of the same history sends nothing more, and one of another history sends what it has there. A kind that is
+    /// quiet for longer than the server remembers is listed more often for it.
+    pub(super) fn go_by_revisions(&mut self) {
+        self.revisions = true;
     }
 
     /// The first list is complete.
@@ -169,9 +184,11 @@ impl Watch {
     }
 
     /// Which revision everything is told up to. Not known before the first list, after what was told turned out to be wrong or of
-    /// other data, where versions are no numbers, and as long as objects are missing.
+    /// other data, where versions are no numbers, as long as objects are missing, and from the end of a stream until the one
+    /// that resumed it has proven to go on from there.
     pub fn reached(&self) -> Option<Reached> {
-        self.reached.filter(|_| !self.partial())
+        let proven = !self.lost && self.proofs.is_empty();
+        self.reached.filter(|_| proven && !self.partial())
     }
 
     /// What has happened.
@@ -286,6 +303,11 @@ impl Watch {
         self.turn(Turn::Relist(Why::WentBack), cx);
     }
 
+    /// Lists anew because nothing proves that what is known is of the server's history.
+    pub(super) fn relist_unproven(&mut self, cx: &mut Context<'_>) {
+        self.turn(Turn::Relist(Why::Unproven), cx);
+    }
+
     fn body(&mut self, bytes: &[u8], cx: &mut Context<'_>) {
         let Main::Asked(asked) = &mut self.main else {
             return;
@@ -361,7 +383,10 @@ impl Watch {
         let version: Box<str> = version.into();
         // The events of a list come in any order; those of a watch never go back.
         if !listing && self.went_back(&version) {
-            return Some(Turn::Relist(Why::WentBack));
+            // Between the last change that a list named and its version there may have been deletions.
+            let gone = event.kind == "DELETED" && !self.known.holds(cx.names, &event.object);
+            let known = self.revisions && !self.proofs.is_empty() && gone;
+            return (!known).then_some(Turn::Relist(Why::WentBack));
         }
         let deltas = if listing {
             &mut self.held
@@ -414,6 +439,7 @@ impl Watch {
     /// A list is complete: what it did not name is gone, and all of it is told at once.
     fn complete(&mut self, version: Box<str>, cx: &mut Context<'_>) {
         self.lost = false;
+        self.proofs.clear();
         self.known.end_list(&mut self.held);
         self.counts.lists += 1;
         if self.why == Why::Check {
@@ -475,6 +501,7 @@ impl Watch {
             (BodyOf::Lines(_), purpose) => {
                 if lost.is_none() && healthy && purpose == Purpose::Watch {
                     // Its time was over. A whole cluster's streams may end with one server: they come back one by one.
+                    self.lost = true;
                     self.backoff.reset();
                     let wait = self.jitter.between(Duration::ZERO, self.pace.wait_first);
                     self.main = Main::Waiting {
@@ -506,6 +533,7 @@ impl Watch {
         cx: &mut Context<'_>,
     ) {
         let asked = retry_after.map(|asked| asked.min(self.pace.retry_after_at_most));
+        self.lost = true;
         let limits = (self.pace.wait_first, self.pace.wait_at_most);
         let wait = self.backoff.fail(&mut self.jitter, limits, asked);
         self.main = Main::Waiting {
@@ -652,7 +680,7 @@ impl Watch {
                             "{plural}: the API server sent what is no object and no event; everything is listed anew"
                         ));
                     }
-                    Why::First | Why::Gone | Why::Check => {}
+                    Why::First | Why::Gone | Why::Unproven | Why::Check => {}
                 }
             }
         }

@@ -194,6 +194,15 @@ impl Server {
         }
     }
 
+    /// Others write until the numbers are where they were.
+    pub(crate) fn count_on(&mut self, revision: u64) {
+        self.data.rev = self.data.rev.max(revision);
+    }
+
+    pub(crate) fn revision(&self) -> u64 {
+        self.data.rev
+    }
+
     pub(crate) fn open(&mut self, path: &str, accept: &str, now: Duration) -> Connection {
         let (path, query) = path.split_once('?').unwrap_or((path, ""));
         let query: BTreeMap<&str, &str> = query
@@ -302,8 +311,11 @@ impl Server {
                 from.parse().expect("our token")
             }
         };
+        let named = query
+            .get("fieldSelector")
+            .map(|field| field.strip_prefix("metadata.name%3D").expect("a name"));
         let of_kind: Vec<&Stored> = (self.data.objects.iter())
-            .filter(|((k, _), _)| *k == kind)
+            .filter(|((k, name), _)| *k == kind && named.is_none_or(|named| named == name))
             .map(|(_, s)| s)
             .collect();
         let page = if query.contains_key("limit") {

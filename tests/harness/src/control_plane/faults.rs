@@ -2,7 +2,7 @@
 //!
 //! All of it takes `&mut self`: the shared server is handed out by `&` and cannot be broken.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -42,6 +42,24 @@ pub struct ApiServer {
     pub server: String,
     /// An administrator's kubeconfig.
     pub kubeconfig: PathBuf,
+}
+
+/// A copy of etcd's data. It can be restored once: it becomes the data.
+#[derive(Debug)]
+pub struct Backup(PathBuf);
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        let to = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            std::fs::create_dir(&to)?;
+            copy(&entry.path(), &to)?;
+        } else {
+            std::fs::copy(entry.path(), &to)?;
+        }
+    }
+    Ok(())
 }
 
 impl ControlPlane {
@@ -105,6 +123,37 @@ impl ControlPlane {
         self.kill(Part::ApiServer)?;
         self.compact()?;
         self.start(Part::ApiServer, &[])
+    }
+
+    /// A copy of etcd's data as it is now. etcd stands still meanwhile, so that it is of one moment, as after a loss of power.
+    pub fn back_up(&mut self) -> Result<Backup> {
+        self.freeze(Part::Etcd)?;
+        let backup = self.dir.join("backup");
+        let copied = std::fs::create_dir(&backup)
+            .map_err(Into::into)
+            .and_then(|()| copy(&self.data(), &backup));
+        self.thaw(Part::Etcd)?;
+        copied.with_context(|| backup.display().to_string())?;
+        Ok(Backup(backup))
+    }
+
+    /// Everything ends, and comes back on what was backed up: as whoever restores a backup does it, on the same ports. Revisions go on from
+    /// where the backup ended.
+    pub fn restore(&mut self, backup: Backup) -> Result<()> {
+        for part in [Part::Controllers, Part::ApiServer, Part::Etcd] {
+            self.kill(part)?;
+        }
+        let data = self.data();
+        std::fs::remove_dir_all(&data).with_context(|| data.display().to_string())?;
+        std::fs::rename(&backup.0, &data).with_context(|| backup.0.display().to_string())?;
+        for part in [Part::Etcd, Part::ApiServer, Part::Controllers] {
+            self.start(part, &[])?;
+        }
+        Ok(())
+    }
+
+    fn data(&self) -> PathBuf {
+        self.dir.join("etcd")
     }
 
     /// The process id of a part that runs, to see what it spends.

@@ -41,7 +41,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 pub use builder::Builder;
-pub use faults::{ApiServer, Part};
+pub use faults::{ApiServer, Backup, Part};
 pub use namespace::Namespace;
 
 use crate::peers;

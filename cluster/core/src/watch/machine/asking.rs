@@ -1,14 +1,50 @@
 //! What is asked of the API server, and how.
 
-use super::{Asked, BodyOf, EXPIRED_LISTS, Main, Watch};
+use super::{Asked, BodyOf, EXPIRED_LISTS, Main, Watch, Why};
 use crate::resource::{encode, selectors};
 use crate::watch::answer::Purpose;
+use crate::watch::check::Proof;
+use crate::watch::known::number;
 use crate::watch::split::Lines;
 use crate::watch::{Action, Context, Exchange, Lane, PAGE, Request};
 
+/// Streams in a row that were over before they were proven: after this everything is listed.
+const MAX_UNPROVEN: usize = 4;
+
 impl Watch {
+    /// A stream that is over goes on in another one: what was known when it ended has to be proven to be of the same history.
+    fn resumes(&mut self) {
+        let Some(from) = self.version.as_deref().and_then(number) else {
+            return;
+        };
+        if !self.lost {
+            return;
+        }
+        // Lost again before it was proven: what was said in between may be of yet another history.
+        let proof = Proof::new(self.known.newest().cloned(), from);
+        if self.proofs.last().is_some_and(|last| last.is_as(&proof)) {
+            return;
+        }
+        if self.proofs.len() < MAX_UNPROVEN {
+            self.proofs.push(proof);
+            return;
+        }
+        self.version = None;
+        self.reached = None;
+        self.why = Why::Unproven;
+    }
+
+    fn resume_from(&self) -> String {
+        let changed = self.known.newest().map(|newest| newest.at);
+        match changed {
+            Some(changed) if self.revisions && !self.proofs.is_empty() => changed.to_string(),
+            Some(_) | None => self.version.as_deref().unwrap_or_default().to_owned(),
+        }
+    }
+
     /// Sends the request that is next.
     pub(super) fn ask(&mut self, cx: &mut Context<'_>) {
+        self.resumes();
         let purpose = match &self.version {
             Some(_) => Purpose::Watch,
             None if self.streams(cx.now) && self.next_page.is_none() => Purpose::Stream,
@@ -36,8 +72,7 @@ impl Watch {
         };
         match purpose {
             Purpose::Watch => {
-                let version = self.version.as_deref().unwrap_or_default();
-                query.push(("resourceVersion", version.to_owned()));
+                query.push(("resourceVersion", self.resume_from()));
             }
             // No resourceVersion: the newest data, not what some cache has.
             Purpose::Stream => {
@@ -70,6 +105,18 @@ impl Watch {
         accept: &'static str,
         cx: &mut Context<'_>,
     ) -> Exchange {
+        let collection = self.resource.collection(self.scope.namespace());
+        self.send_to(lane, collection, query, accept, cx)
+    }
+
+    pub(in crate::watch) fn send_to(
+        &mut self,
+        lane: Lane,
+        collection: String,
+        query: &[(&str, String)],
+        accept: &'static str,
+        cx: &mut Context<'_>,
+    ) -> Exchange {
         self.serial += 1;
         self.counts.requests += 1;
         let exchange = Exchange {
@@ -77,7 +124,7 @@ impl Watch {
             lane,
             serial: self.serial,
         };
-        let mut path = self.resource.collection(self.scope.namespace());
+        let mut path = collection;
         for (i, (key, value)) in query.iter().enumerate() {
             path.push(if i == 0 { '?' } else { '&' });
             path.push_str(key);

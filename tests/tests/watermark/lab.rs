@@ -1,10 +1,6 @@
-//! An address comes back only when every node's dataplane has applied a revision of the EndpointSlices without it: a real control
-//! plane, the real operator, and two real agents with the rights that `deploy/base` gives them. One agent reaches the API server
-//! through a proxy that spoils answers.
-//!
-//! One history for all of it, as a control plane takes longer to start than most of the steps take.
+//! A control plane in a network of its own, the operator, and two agents with the rights that `deploy/base` gives them; the second one's
+//! way to the API server goes through a proxy that spoils answers.
 
-use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -17,19 +13,22 @@ use kun_harness::{
     BpfFs, Cgroup, Netns, Process, require_root, require_tool, skip, veth, wait_for, wait_until,
 };
 use kun_tests::faulty_proxy::FaultyProxy;
-use rustix::process::Signal;
 use serde_json::{Value, json};
 
 /// A leader that is killed is followed after 15 s, a node that was refused comes back within a minute; a busy machine takes its time.
-const SOON: Duration = Duration::from_secs(150);
+pub(crate) const SOON: Duration = Duration::from_secs(150);
 
 /// The least time that a slot is watched which must not come back; more if the way back took longer when nothing was in it.
-const WATCHED: Duration = Duration::from_secs(15);
+pub(crate) const WATCHED: Duration = Duration::from_secs(15);
 
 /// The least that can be configured.
 const QUARANTINE_AFTER: &str = "60s";
 
-const NODES: [&str; 2] = ["node-a", "node-b"];
+pub(crate) const NODES: [&str; 2] = ["node-a", "node-b"];
+
+pub(crate) const MAX_SERVICES: u32 = 1024;
+pub(crate) const MAX_BACKENDS: u32 = 1024;
+pub(crate) const MAX_SLOTS: u32 = 4096;
 
 /// The server's address in the fabric.
 const SERVER: &str = "192.0.2.1";
@@ -44,25 +43,25 @@ fn program(name: &str) -> PathBuf {
 }
 
 /// A node with its agent. Fields drop in order: the agent before what it stands on.
-struct Node {
-    agent: Process,
-    name: &'static str,
-    netns: Netns,
-    _cgroup: Cgroup,
-    _bpffs: BpfFs,
+pub(crate) struct Node {
+    pub(crate) agent: Process,
+    pub(crate) name: &'static str,
+    pub(crate) netns: Netns,
+    pub(crate) cgroup: Cgroup,
+    pub(crate) bpffs: BpfFs,
     dir: tempfile::TempDir,
 }
 
 impl Node {
-    fn start(name: &'static str, netns: Netns, kubeconfig: &Path) -> Self {
+    pub(crate) fn start(name: &'static str, netns: Netns, kubeconfig: &Path) -> Self {
         let (cgroup, bpffs) = (Cgroup::new().unwrap(), BpfFs::new().unwrap());
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         let config = json!({
             "node": {"name": name},
             "cluster": {"kubernetes": {"kubeconfig": kubeconfig}},
-            "ipam": {"podPrefix": "fd00:64::/96", "v4Pools": ["10.64.0.0/16"], "cooldown": "2s", "quarantineAfter": QUARANTINE_AFTER},
-            "proxy": {"cgroupRoot": cgroup.path(), "maxServices": 1024, "maxBackends": 1024, "maxSlots": 4096, "maxFlows": 4096},
+            "ipam": {"podPrefix": "fd00:64::/96", "v4Pools": ["10.64.0.0/16"], "cooldown": "2s", "quarantineAfter": QUARANTINE_AFTER, "returnBlocksAfter": "5s"},
+            "proxy": {"cgroupRoot": cgroup.path(), "maxServices": MAX_SERVICES, "maxBackends": MAX_BACKENDS, "maxSlots": MAX_SLOTS, "maxFlows": MAX_SLOTS},
             "agent": {"stateDir": path("state"), "socket": path("agent.sock"), "bpffsRoot": bpffs.path().join("kun")},
         });
         fs::write(path("kun.yaml"), config.to_string()).unwrap();
@@ -77,13 +76,13 @@ impl Node {
             agent: netns.spawn(command).unwrap(),
             name,
             netns,
-            _cgroup: cgroup,
-            _bpffs: bpffs,
+            cgroup,
+            bpffs,
             dir,
         }
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
@@ -91,12 +90,12 @@ impl Node {
         kun_control::ask(&self.dir.path().join("agent.sock"), request).ok()
     }
 
-    fn ask(&self, request: &Request) -> Response {
+    pub(crate) fn ask(&self, request: &Request) -> Response {
         self.try_ask(request)
             .unwrap_or_else(|| panic!("{} does not answer: {}", self.name, self.log()))
     }
 
-    fn status(&self) -> Option<Status> {
+    pub(crate) fn status(&self) -> Option<Status> {
         match self.try_ask(&Request::Status)? {
             Response::Status { status } => Some(status),
             _ => None,
@@ -104,7 +103,7 @@ impl Node {
     }
 
     /// A slot as another plugin would ask for it, so that nobody misses its interfaces.
-    fn allocate(&self, container: &str) -> (Slot, u64) {
+    pub(crate) fn allocate(&self, container: &str) -> (Slot, u64) {
         let request = Request::Allocate {
             key: key(container),
             pod: PodRef {
@@ -123,7 +122,7 @@ impl Node {
         }
     }
 
-    fn release(&self, container: &str) {
+    pub(crate) fn release(&self, container: &str) {
         let released = self.ask(&Request::Release {
             key: key(container),
             generation: None,
@@ -132,14 +131,14 @@ impl Node {
     }
 
     /// What `kunctl ipam` shows of a slot; `None`: it is free.
-    fn row(&self, slot: Slot) -> Option<SlotRow> {
+    pub(crate) fn row(&self, slot: Slot) -> Option<SlotRow> {
         match self.ask(&Request::Ipam) {
             Response::Ipam { slots, .. } => slots.into_iter().find(|row| row.slot == slot),
             other => panic!("{other:?}"),
         }
     }
 
-    fn comes_back(&self, slot: Slot) -> Duration {
+    pub(crate) fn comes_back(&self, slot: Slot) -> Duration {
         let begin = Instant::now();
         wait_for("the slot to come back", SOON, || {
             self.row(slot).is_none().then_some(())
@@ -149,7 +148,7 @@ impl Node {
     }
 
     /// It does not come back, and says of whom it waits.
-    fn waits(&self, slot: Slot, time: Duration, what: &str) {
+    pub(crate) fn waits(&self, slot: Slot, time: Duration, what: &str) {
         let back = wait_until(time, || self.row(slot).is_none());
         assert!(!back, "{what}: the slot came back");
         let row = self.row(slot).unwrap();
@@ -166,22 +165,22 @@ fn key(container: &str) -> AttachmentKey {
     }
 }
 
-fn value(facts: &[Fact], name: &str) -> Option<String> {
+pub(crate) fn value(facts: &[Fact], name: &str) -> Option<String> {
     let fact = facts.iter().find(|f| f.name == name)?;
     Some(fact.value.clone())
 }
 
-struct Lab {
-    nodes: Vec<Node>,
-    operator: Option<Process>,
-    proxy: FaultyProxy,
-    plane: ControlPlane,
-    fabric: Netns,
+pub(crate) struct Lab {
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) operator: Option<Process>,
+    pub(crate) proxy: FaultyProxy,
+    pub(crate) plane: ControlPlane,
+    pub(crate) fabric: Netns,
     dir: tempfile::TempDir,
 }
 
 impl Lab {
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         if !require_root() || !require_tool("ip") {
             return None;
         }
@@ -294,7 +293,7 @@ impl Lab {
     }
 
     /// Starts an operator.
-    fn operate(&mut self) {
+    pub(crate) fn operate(&mut self) {
         let path = |name: &str| self.dir.path().join(name);
         let config = json!({
             "cluster": {"kubernetes": {"kubeconfig": path("kun-operator.conf")}},
@@ -317,11 +316,11 @@ impl Lab {
         self.operator = Some(self.fabric.spawn(command).unwrap());
     }
 
-    fn operator_log(&self) -> String {
+    pub(crate) fn operator_log(&self) -> String {
         fs::read_to_string(self.dir.path().join("operator.log")).unwrap_or_default()
     }
 
-    fn get(&self, words: &[&str]) -> Value {
+    pub(crate) fn get(&self, words: &[&str]) -> Value {
         let words: Vec<&str> = ["get", "-o", "json"].iter().chain(words).copied().collect();
         self.plane
             .kubectl(&words, "")
@@ -330,7 +329,7 @@ impl Lab {
             .unwrap_or_default()
     }
 
-    fn revision_on(&self, namespace: &str, lease: &str) -> u64 {
+    pub(crate) fn revision_on(&self, namespace: &str, lease: &str) -> u64 {
         let lease = self.get(&["-n", namespace, "lease", lease]);
         let revision = &lease["metadata"]["annotations"]["kun.network/endpoints-revision"];
         revision
@@ -339,15 +338,15 @@ impl Lab {
             .unwrap_or_default()
     }
 
-    fn published(&self, node: &str) -> u64 {
+    pub(crate) fn published(&self, node: &str) -> u64 {
         self.revision_on("kun-node-lease", node)
     }
 
-    fn folded(&self) -> u64 {
+    pub(crate) fn folded(&self) -> u64 {
         self.revision_on("kube-system", "kun-watermark")
     }
 
-    fn all_have(&self, revision: u64) {
+    pub(crate) fn all_have(&self, revision: u64) {
         for node in &self.nodes {
             wait_for(&format!("{} at {revision}", node.name), SOON, || {
                 (self.published(node.name) >= revision).then_some(())
@@ -357,7 +356,7 @@ impl Lab {
     }
 
     /// The Service's endpoints are these; the revision since when.
-    fn endpoints(&self, slots: &[Slot]) -> u64 {
+    pub(crate) fn endpoints(&self, slots: &[Slot]) -> u64 {
         let endpoints: Vec<Value> = slots
             .iter()
             .map(|slot| json!({"addresses": [slot.ipv4().to_string()], "conditions": {"ready": true}}))
@@ -381,14 +380,14 @@ impl Lab {
     }
 
     /// A slot of node A that every node sends to, released there; the slice still has it.
-    fn used_and_released(&self, container: &str) -> (Slot, u64) {
+    pub(crate) fn used_and_released(&self, container: &str) -> (Slot, u64) {
         let (slot, generation) = self.nodes[0].allocate(container);
         self.all_have(self.endpoints(&[slot]));
         self.nodes[0].release(container);
         (slot, generation)
     }
 
-    fn condition(&self, node: &str) -> Value {
+    pub(crate) fn condition(&self, node: &str) -> Value {
         let node = self.get(&["node", node]);
         let conditions = node["status"]["conditions"].as_array().cloned();
         let ours = |c: &Value| c["type"] == "kun.network/VirtualNICNotReclaimed";
@@ -396,164 +395,11 @@ impl Lab {
         conditions.find(ours).unwrap_or_default()
     }
 
-    fn turns(&self, node: &Node, status: &str) -> Value {
+    pub(crate) fn turns(&self, node: &Node, status: &str) -> Value {
         wait_for(&format!("the condition to be {status}"), SOON, || {
             let condition = self.condition(node.name);
             (condition["status"] == status).then_some(condition)
         })
         .unwrap_or_else(|e| panic!("{e:#}: {}\n{}", self.condition(node.name), node.log()))
     }
-}
-
-/// Nothing is in the way; how long that takes.
-fn comes_back_when_all_have_applied(lab: &mut Lab) -> Duration {
-    let (slot, _) = lab.used_and_released("one");
-    let held = lab.nodes[0].row(slot).expect("a slice has it");
-    assert_ne!(held.state, "free");
-    let without = lab.endpoints(&[]);
-    let took = lab.nodes[0].comes_back(slot);
-    assert!(lab.folded() >= without, "{} of {without}", lab.folded());
-    for node in NODES {
-        let has = lab.published(node);
-        assert!(has >= without, "{node}: {has} of {without}");
-    }
-    took
-}
-
-/// The other node's agent is frozen: its dataplane still sends to the address.
-fn a_frozen_agent_is_waited_for(lab: &mut Lab, time: Duration) {
-    let (slot, _) = lab.used_and_released("two");
-    lab.nodes[1].agent.signal(Signal::STOP).unwrap();
-    lab.endpoints(&[]);
-    lab.nodes[0].waits(slot, time, "a frozen agent");
-    let why = lab.nodes[0].row(slot).unwrap().why;
-    assert!(why.iter().any(|w| w.contains("of node-b")), "{why:?}");
-    let status = lab.nodes[0].status().unwrap();
-    let watermark = value(&status.ipam, "watermark").unwrap();
-    assert!(watermark.contains("slowest: node-b"), "{watermark}");
-    lab.nodes[1].agent.signal(Signal::CONT).unwrap();
-    lab.nodes[0].comes_back(slot);
-}
-
-/// Nobody folds: the slot waits, is quarantined, and comes back once somebody does.
-fn without_an_operator_it_waits(lab: &mut Lab) {
-    let (slot, _) = lab.used_and_released("three");
-    lab.operator = None;
-    lab.endpoints(&[]);
-    let row = || lab.nodes[0].row(slot);
-    wait_for("quarantine", SOON, || {
-        let row = row().expect("it came back without anybody to say so");
-        (row.state == "quarantined").then_some(())
-    })
-    .unwrap_or_else(|e| panic!("{e:#}: {:?}", row()));
-    lab.nodes[0].waits(slot, Duration::ZERO, "quarantined");
-    lab.operate();
-    lab.nodes[0].comes_back(slot);
-}
-
-/// Refused, and cut off again and again: the dataplane keeps what it has, and what it has is published once the server takes it.
-fn faults_in_between_cost_time_alone(lab: &mut Lab) {
-    let (slot, _) = lab.used_and_released("four");
-    let backends = |lab: &Lab| value(&lab.nodes[1].status().unwrap().proxy, "backends").unwrap();
-    let before = backends(lab);
-    // The API server's own, and the one.
-    assert!(before.starts_with("2 of"), "{before}");
-    {
-        let mut faults = lab.proxy.faults();
-        for _ in 0..10 {
-            faults.refuse.extend([(429, Some(1)), (500, None)]);
-        }
-    }
-    lab.proxy.cut();
-    // Every answer but a few is a refusal until they are used up.
-    wait_for("the refusals to be used up", SOON, || {
-        assert_eq!(backends(lab), before, "the dataplane lost what it had");
-        lab.proxy.faults().refuse.is_empty().then_some(())
-    })
-    .unwrap();
-    lab.proxy.cut();
-    let without = lab.endpoints(&[]);
-    lab.nodes[0].comes_back(slot);
-    assert!(lab.published("node-b") >= without);
-    let failed = lab.nodes[1].log().contains("the proxy says");
-    assert!(failed, "no publication met a fault: {}", lab.nodes[1].log());
-}
-
-/// The fold's Lease is deleted: the operator makes it anew.
-fn a_deleted_fold_is_made_anew(lab: &mut Lab) {
-    let words = ["-n", "kube-system", "delete", "lease", "kun-watermark"];
-    lab.plane.kubectl(&words, "").unwrap();
-    wait_for("the fold", SOON, || (lab.folded() > 0).then_some(()))
-        .unwrap_or_else(|e| panic!("{e:#}\n{}", lab.operator_log()));
-}
-
-/// An interface that carries the tag of a pod that is gone, and that the kernel does not remove: the loopback.
-fn what_cannot_be_reclaimed_is_a_condition(lab: &mut Lab) {
-    let node = &lab.nodes[0];
-    let before = lab.turns(node, "False");
-    assert_eq!(before["reason"], "AllReclaimed");
-    let (slot, generation) = node.allocate("five");
-    node.release("five");
-    let tag = format!("link set lo alias kun:{generation}:kun/five/eth0");
-    node.netns.exec(&tag).unwrap();
-    let stays = lab.turns(node, "True");
-    assert_eq!(stays["reason"], "InterfacesStay");
-    let message = stays["message"].as_str().unwrap();
-    assert!(message.contains("lo: "), "{message}");
-    assert!(stays["lastTransitionTime"].as_str() > before["lastTransitionTime"].as_str());
-    // Others' conditions are theirs, and a second round writes nothing.
-    let version = |lab: &Lab| lab.get(&["node", node.name])["metadata"]["resourceVersion"].clone();
-    let written = version(lab);
-    assert!(!wait_until(Duration::from_secs(12), || version(lab) != written));
-    // `ip` takes no empty alias.
-    let index = "/sys/class/net/lo/ifalias";
-    let words = [
-        "ip",
-        "netns",
-        "exec",
-        node.netns.name(),
-        "sh",
-        "-c",
-        &format!("echo > {index}"),
-    ];
-    kun_harness::run(words).unwrap();
-    let gone = lab.turns(node, "False");
-    assert!(gone["lastTransitionTime"].as_str() > stays["lastTransitionTime"].as_str());
-    node.comes_back(slot);
-}
-
-/// A node that is gone is waited for by nobody, and its Lease goes with it.
-fn a_deleted_node_takes_its_lease_along(lab: &mut Lab) {
-    let (slot, _) = lab.used_and_released("six");
-    lab.nodes[1].agent.signal(Signal::STOP).unwrap();
-    lab.endpoints(&[]);
-    lab.nodes[0].waits(slot, WATCHED, "a frozen agent");
-    lab.plane
-        .kubectl(&["delete", "node", "node-b"], "")
-        .unwrap();
-    lab.nodes[0].comes_back(slot);
-    wait_for("the Lease to go", SOON, || {
-        let leases = lab.get(&["-n", "kun-node-lease", "leases"]);
-        let names: BTreeSet<String> = (leases["items"].as_array().into_iter().flatten())
-            .map(|l| l["metadata"]["name"].to_string())
-            .collect();
-        (names == BTreeSet::from(["\"node-a\"".to_owned()])).then_some(())
-    })
-    .unwrap();
-    lab.nodes[1].agent.signal(Signal::CONT).unwrap();
-}
-
-#[test]
-fn an_address_comes_back_only_after_every_nodes_dataplane_has_forgotten_it() {
-    let Some(mut lab) = Lab::new() else {
-        return;
-    };
-    let took = comes_back_when_all_have_applied(&mut lab);
-    eprintln!("a slot came back {took:?} after its last slice");
-    a_frozen_agent_is_waited_for(&mut lab, WATCHED.max(took * 2));
-    without_an_operator_it_waits(&mut lab);
-    faults_in_between_cost_time_alone(&mut lab);
-    a_deleted_fold_is_made_anew(&mut lab);
-    what_cannot_be_reclaimed_is_a_condition(&mut lab);
-    a_deleted_node_takes_its_lease_along(&mut lab);
 }
