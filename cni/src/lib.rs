@@ -26,6 +26,7 @@ pub mod rebuild;
 mod rows;
 pub mod spool;
 pub mod store;
+mod turn;
 
 pub use kun_cni_core::claims;
 use kun_cni_core::names;

@@ -16,6 +16,7 @@ use redb::{
 };
 
 use crate::disk::Disk;
+use crate::turn;
 
 /// The file's name below the state directory.
 pub const FILE: &str = "ipam.redb";
@@ -35,12 +36,9 @@ const CLAIMS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("claims");
 /// The whole store of the densest node is under 4 MB; redb's own default would be a gigabyte.
 const CACHE: usize = 8 << 20;
 
-/// When a waiting process looks again: an ADD alone holds the store for some milliseconds.
-const LOOK_AGAIN: Duration = Duration::from_millis(2);
-
-/// Each wait is half as long again as the one before, up to this: a hundred that look every two milliseconds would leave no processor
-/// to the one that has the store.
-const LOOK_AT_LEAST_EVERY: Duration = Duration::from_millis(40);
+/// When a process looks again whose turn it is and that finds the file in use all the same: by a program whose library locks in
+/// another way.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Why the store cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -114,38 +112,24 @@ impl Store {
             create(state_dir, &path)?;
         }
         let begin = Instant::now();
-        let mut pause = LOOK_AGAIN;
         loop {
             let waited = begin.elapsed();
-            match Self::open_file(&path) {
-                Err(StoreError::Busy { .. }) if waited < wait => {
-                    std::thread::sleep(pause.min(wait - waited));
-                    pause = (pause * 3 / 2).min(LOOK_AT_LEAST_EVERY);
-                }
-                Err(StoreError::Busy { path, .. }) => {
+            let left = wait.saturating_sub(waited);
+            let Some(file) = locked(&path, left)? else {
+                let waited = begin.elapsed();
+                return Err(StoreError::Busy { path, waited });
+            };
+            match Self::on_file(&path, file) {
+                Err(StoreError::Busy { path, .. }) if left.is_zero() => {
                     return Err(StoreError::Busy { path, waited });
                 }
+                Err(StoreError::Busy { .. }) => std::thread::sleep(LOOK_AGAIN.min(left)),
                 opened => return opened,
             }
         }
     }
 
-    fn open_file(path: &Path) -> Result<Self, StoreError> {
-        let file = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(|e| io(path, &e))?;
-        // It would be taken for a new one, in which nobody has an address. Ours have their name only once they are whole.
-        if file.metadata().map_err(|e| io(path, &e))?.len() == 0 {
-            return Err(StoreError::Damaged {
-                path: path.to_owned(),
-                what: "the file is empty".to_owned(),
-            });
-        }
-        Self::on_file(path, file)
-    }
-
+    /// The file is locked, or nobody else's: its header is read before the library takes its own lock.
     fn on_file(path: &Path, file: File) -> Result<Self, StoreError> {
         let backend = FileBackend::new(file).map_err(|e| cannot_open(path, e))?;
         Self::on(path, Disk::new(backend))
@@ -321,6 +305,34 @@ impl Store {
                 what: other.to_string(),
             },
         }
+    }
+}
+
+/// The file of this name, once it is this process's turn; `None`: it was not within so long.
+fn locked(path: &Path, wait: Duration) -> Result<Option<File>, StoreError> {
+    let begin = Instant::now();
+    loop {
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(|e| io(path, &e))?;
+        let left = wait.saturating_sub(begin.elapsed());
+        let Some(file) = turn::wait_for(file, left).map_err(|e| io(path, &e))? else {
+            return Ok(None);
+        };
+        // Else a rebuilt store has the name by now.
+        if !turn::is_at(&file, path).map_err(|e| io(path, &e))? {
+            continue;
+        }
+        // It would be taken for a new one, in which nobody has an address. Ours have their name only once they are whole.
+        if file.metadata().map_err(|e| io(path, &e))?.len() == 0 {
+            return Err(StoreError::Damaged {
+                path: path.to_owned(),
+                what: "the file is empty".to_owned(),
+            });
+        }
+        return Ok(Some(file));
     }
 }
 

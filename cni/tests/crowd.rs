@@ -1,30 +1,30 @@
-//! Many processes at once on one store, each as the plugin alone, some of them killed at any moment; then an audit: what each was
-//! told is there, and nothing was told twice. `KUN_CROWD=64x10000` makes it as large as that.
+//! Many processes at once on one store, each as the plugin alone, some of them killed, many of these while they have the store; then an audit:
+//! what each was told is there, and nothing was anybody's before it was given back. `KUN_CROWD=64x10000` makes it as large as that.
 
 #![allow(missing_docs)]
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::io::Write;
+use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use kun_cni::clock;
 use kun_cni::ipam::{ClusterLook, IpamService, Look};
 use kun_config::types::{BlockId, Slot, SlotClass};
 use kun_control::{AttachmentKey, PodRef, Request, Response};
+use kun_harness::crowd::{self, Crowd};
 
-/// Processes and operations of each, in `cargo test`.
-const CROWD: (usize, usize) = (16, 8);
+/// Processes, operations of each, and kills of each that is killed, in `cargo test`.
+const CROWD: (usize, usize, usize) = (16, 16, 2);
 
-/// What a member has at once: more is given back first. Slots are few, so that in a large crowd each has many owners.
-const HELD: usize = 4;
+/// 64 processes hold 256 slots at most, and those killed leave some behind; as many rest.
+const BLOCKS: u32 = 12;
 
-/// 64 processes hold 256 slots at most; as many rest.
-const BLOCKS: u32 = 8;
-
-/// Where a member finds its state directory, its number and its operations.
+/// Where a member finds its state directory, its name and its operations.
 const MEMBER: &str = "KUN_CROWD_MEMBER";
+
+/// A process has the store once in so many operations of all.
+const HAS_IT_WITHIN: Duration = Duration::from_secs(2);
 
 fn config() -> kun_config::Config {
     let text = "node: {name: n}\ncluster: {folder: /nonexistent}\nipam: {v4Pools: [10.64.0.0/14], cooldown: 0s}\n";
@@ -38,7 +38,7 @@ fn open(directory: &Path) -> IpamService {
     IpamService::open_within(directory, &config(), boot, clock::now(), patience).unwrap()
 }
 
-fn key(member: usize, n: usize) -> AttachmentKey {
+fn key(member: &str, n: usize) -> AttachmentKey {
     AttachmentKey {
         network: "kun".into(),
         container_id: format!("{member}-{n}"),
@@ -52,7 +52,7 @@ fn ask(directory: &Path, request: &Request) -> Response {
 }
 
 /// A slot; where none is free for want of evidence, nothing is found to know the resting ones, as the plugin alone would find it.
-fn allocate(directory: &Path, request: &Request) -> Response {
+fn allocate_one(directory: &Path, request: &Request) -> Response {
     let service = open(directory);
     let answer = service.handle(request, clock::now());
     if !matches!(answer, Response::Exhausted { .. }) {
@@ -81,134 +81,64 @@ fn member() {
         return;
     };
     let mut words = text.splitn(3, ' ');
-    let mut number = || words.next().unwrap().parse::<usize>().unwrap();
-    let (member, operations) = (number(), number());
-    let directory = Path::new(words.next().unwrap());
-    let mut out = std::io::stdout();
-    let mut held = VecDeque::new();
-    for n in 0..operations {
-        // Every third operation gives something back, and so does each that would have too much.
-        if n % 3 == 2 || held.len() == HELD {
-            let oldest = held.pop_front().expect("two of three take something");
-            let (key, generation) = (key(member, oldest), None);
-            let response = ask(directory, &Request::Release { key, generation });
-            assert_eq!(response, Response::Done);
-            writeln!(out, "\nreleased {oldest}").unwrap();
-        } else {
-            held.push_back(n);
-            let allocate = Request::Allocate {
-                key: key(member, n),
-                pod: PodRef::default(),
-                class: Some(SlotClass::Dual),
-                slot: None,
-                within: Vec::new(),
-                delegated: false,
-            };
-            let answer = self::allocate(directory, &allocate);
-            let Response::Allocation { allocation: a } = answer else {
-                panic!("no slot: {answer:?}")
-            };
-            writeln!(out, "\nallocated {n} {} {}", a.slot.0, a.generation).unwrap();
+    let mut word = || words.next().unwrap();
+    let (member, operations, directory) = (word(), word().parse().unwrap(), Path::new(word()));
+    let take = |n| {
+        let allocate = Request::Allocate {
+            key: key(member, n),
+            pod: PodRef::default(),
+            class: Some(SlotClass::Dual),
+            slot: None,
+            within: Vec::new(),
+            delegated: false,
+        };
+        match allocate_one(directory, &allocate) {
+            Response::Allocation { allocation: a } => (a.slot.0, a.generation),
+            answer => panic!("no slot: {answer:?}"),
         }
-        out.flush().unwrap();
-    }
-}
-
-fn spawn(member: usize, operations: usize, directory: &Path) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["member", "--exact", "--nocapture", "--test-threads", "1"])
-        .env(
-            MEMBER,
-            format!("{member} {operations} {}", directory.display()),
-        )
-        .stdout(Stdio::piped())
-        .stderr(Stdio::inherit())
-        .spawn()
-        .unwrap()
+    };
+    let give = |n| {
+        let (key, generation) = (key(member, n), None);
+        let response = ask(directory, &Request::Release { key, generation });
+        assert_eq!(response, Response::Done);
+    };
+    crowd::act(operations, take, give);
 }
 
 #[test]
 fn many_processes_some_of_them_killed_and_then_an_audit() {
-    let (members, operations) = std::env::var("KUN_CROWD")
-        .ok()
-        .and_then(|text| {
-            let (members, operations) = text.split_once('x')?;
-            Some((members.parse().ok()?, operations.parse().ok()?))
-        })
-        .unwrap_or(CROWD);
+    let (members, operations, kills) = CROWD;
     let dir = tempfile::tempdir().unwrap();
     let blocks: Vec<BlockId> = (0..BLOCKS)
         .map(|i| BlockId::new(Slot(0x0a40_0000 + i * 64)).expect("aligned"))
         .collect();
     open(dir.path()).set_blocks(&blocks, clock::now()).unwrap();
 
-    let mut children: Vec<Child> = (0..members)
-        .map(|member| spawn(member, operations, dir.path()))
-        .collect();
-    // Every fourth is killed as soon as it has said something: wherever it is by then.
-    let mut told: Vec<(bool, String)> = Vec::new();
-    for (member, child) in children.iter_mut().enumerate() {
-        let mut out = child.stdout.take().unwrap();
-        let killed = member % 4 == 3;
-        let mut text = Vec::new();
-        if killed {
-            let mut some = [0; 64];
-            let n = std::io::Read::read(&mut out, &mut some).unwrap();
-            text.extend_from_slice(&some[..n]);
-            child.kill().unwrap();
+    let crowd = Crowd::sized(members, operations, kills);
+    let start = |name: &str, operations| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .args(["member", "--exact", "--nocapture", "--test-threads", "1"])
+            .env(
+                MEMBER,
+                format!("{name} {operations} {}", dir.path().display()),
+            );
+        command
+    };
+    // The first kill of each meets a process that has the store, the others mostly one that waits for it.
+    let moment = |pid, nth| {
+        if nth == 0 {
+            crowd::has_a_lock(pid, HAS_IT_WITHIN);
         }
-        std::io::Read::read_to_end(&mut out, &mut text).unwrap();
-        let status = child.wait().unwrap();
-        assert!(killed || status.success(), "member {member}: {status}");
-        told.push((killed, String::from_utf8(text).unwrap()));
-    }
-
-    let service = open(dir.path());
-    let live: BTreeMap<String, (u32, u64)> = service
+    };
+    let told = crowd.run(start, moment).unwrap();
+    let live: BTreeMap<String, (u32, u64)> = open(dir.path())
         .live(clock::now())
         .unwrap()
         .into_iter()
         .map(|a| (a.key.container_id, (a.slot.0, a.generation)))
         .collect();
-    let slots: BTreeSet<u32> = live.values().map(|(slot, _)| *slot).collect();
-    assert_eq!(slots.len(), live.len(), "one slot, one attachment");
-    let mut generations = BTreeSet::new();
-    let mut allocations = 0;
-    for (member, (killed, text)) in told.iter().enumerate() {
-        let mut has: BTreeMap<usize, (u32, u64)> = BTreeMap::new();
-        // A killed member's last line may be cut off.
-        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        for line in whole.lines() {
-            let words: Vec<&str> = line.split(' ').collect();
-            match words.as_slice() {
-                ["allocated", n, slot, generation] => {
-                    let (slot, generation) = (slot.parse().unwrap(), generation.parse().unwrap());
-                    assert!(
-                        generations.insert(generation),
-                        "{generation} was told twice"
-                    );
-                    has.insert(n.parse().unwrap(), (slot, generation));
-                    allocations += 1;
-                }
-                ["released", n] => {
-                    has.remove(&n.parse().unwrap()).unwrap();
-                }
-                _ => {}
-            }
-        }
-        let oldest = has.keys().next().copied();
-        for (n, told) in has {
-            let stored = live.get(&format!("{member}-{n}"));
-            // What was on its way when it was killed may have been the release of the oldest.
-            let open_end = *killed && Some(n) == oldest;
-            assert!(
-                stored == Some(&told) || (open_end && stored.is_none()),
-                "member {member} was told {told:?} for {n}, the store has {stored:?}"
-            );
-        }
-    }
-    assert!(
-        allocations > members,
-        "{allocations} allocations by {members} processes"
-    );
+    let found = crowd::audit(&told, &live).unwrap();
+    println!("{found:?}");
+    assert!(found.allocations > crowd.members, "{found:?}");
 }

@@ -7,6 +7,7 @@
 mod bpffs;
 mod cgroup;
 pub mod control_plane;
+pub mod crowd;
 mod names;
 mod netns;
 pub mod peers;
