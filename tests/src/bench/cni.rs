@@ -552,11 +552,15 @@ fn thread_cpu() -> Duration {
 
 /// CPU time of this process's ended children, from /proc/self/stat (proc(5): cutime, cstime, in ticks of 10 ms).
 fn children_cpu() -> Result<Duration> {
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    ticks(&std::fs::read_to_string("/proc/self/stat")?, 13)
+}
+
+/// The sum of two neighbouring fields of a stat file, the first of them so many after the process's name.
+fn ticks(stat: &str, first: usize) -> Result<Duration> {
     let fields = stat.rsplit(')').next().unwrap_or_default();
     let ticks: u64 = fields
         .split_whitespace()
-        .skip(13)
+        .skip(first)
         .take(2)
         .map(|field| field.parse::<u64>())
         .sum::<Result<u64, _>>()?;

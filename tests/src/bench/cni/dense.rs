@@ -10,6 +10,8 @@ const DENSE: usize = 2500;
 const A_NAMESPACE: usize = 50;
 /// Of the first and of the last attachments so many are timed.
 const TIMED: usize = 100;
+/// So long the agent is watched while nobody asks anything of it: all that it does again and again falls into it.
+const AT_REST: Duration = Duration::from_secs(30);
 /// A starting agent loads its programs and reads the cluster.
 const AGENT_STARTS_WITHIN: Duration = Duration::from_secs(60);
 
@@ -83,6 +85,9 @@ pub fn run(context: &Context) -> Result<Vec<Row>> {
         adds.push(took);
     }
     let full = resident(agent.pid())?;
+    let before = cpu(agent.pid())?;
+    std::thread::sleep(AT_REST);
+    let at_rest = (cpu(agent.pid())?.saturating_sub(before)).as_secs_f64() / AT_REST.as_secs_f64();
     let last = Figures {
         adds: adds.split_off(DENSE - TIMED),
         ..Figures::default()
@@ -96,6 +101,11 @@ pub fn run(context: &Context) -> Result<Vec<Row>> {
         Row::new(format!("cni/agent-memory@{DENSE}"), full, "MB"),
         Row::new("cni/agent-memory@0", empty, "MB"),
         Row::new(
+            format!("cni/agent-cpu-at-rest@{DENSE}"),
+            at_rest * 100.0,
+            "% of a core",
+        ),
+        Row::new(
             format!("cni/add-p50-with-agent-of-{TIMED}"),
             first.percentile(50),
             "ms",
@@ -106,6 +116,11 @@ pub fn run(context: &Context) -> Result<Vec<Row>> {
             "ms",
         ),
     ])
+}
+
+/// CPU time that a process has used, from its /proc/PID/stat (proc(5): utime, stime, in ticks of 10 ms).
+fn cpu(pid: u32) -> Result<Duration> {
+    ticks(&std::fs::read_to_string(format!("/proc/{pid}/stat"))?, 11)
 }
 
 /// Resident memory of a process, in MB.
