@@ -119,7 +119,7 @@ fn verb(
 }
 
 /// DEL for every attachment of the network that is not valid any more, by the store and by the interfaces' tags; carries on past
-/// failures and tells all of them.
+/// failures and tells all of them. Who is asked to come again is: each DEL would wait as long.
 fn gc(
     network: &str,
     role: &Role,
@@ -127,46 +127,54 @@ fn gc(
     config: &Config,
 ) -> Result<(), Failure> {
     let mut stale: BTreeSet<AttachmentKey> = BTreeSet::new();
-    match Allocator::open(config)?.ask(&Request::Ipam)? {
-        Response::Ipam { slots, .. } => stale.extend(
-            slots
-                .into_iter()
-                .filter(|row| row.state == "allocated")
-                .map(|row| row.key),
-        ),
-        other => return Err(unexpected("Ipam", other)),
+    let mut failed: Vec<Failure> = Vec::new();
+    match allocated(config) {
+        Ok(keys) => stale.extend(keys),
+        Err(failure) if failure.code == Code::TryAgainLater => return Err(failure),
+        // The interfaces of pods that are gone tell enough to go.
+        Err(failure) => failed.push(failure),
     }
-    let links = Rtnl::open()
-        .and_then(|mut rtnl| rtnl.links())
-        .map_err(KernelError::from)?;
-    stale.extend(
-        links
-            .iter()
-            .filter_map(|link| plan::key_in(link.alias.as_deref()?))
-            .map(|key: Key| AttachmentKey {
-                network: key.network,
-                container_id: key.container_id,
-                ifname: key.ifname,
-            }),
-    );
-    let failed: Vec<String> = stale
-        .into_iter()
-        .filter(|key| {
-            key.network == network
-                && !valid.contains(&AttachmentId {
-                    container_id: key.container_id.clone(),
-                    ifname: key.ifname.clone(),
-                })
-        })
-        .filter_map(|key| match role {
-            Role::Main => attach::del(&key, config).err(),
-            Role::Ipam(_) => addresses::release(&key, None, config).err(),
-        })
-        .map(|failure| failure.details)
-        .collect();
-    match failed.split_first() {
-        None => Ok(()),
-        Some((first, more)) => Err(Failure::new(Code::Kernel, first).also(more)),
+    match Rtnl::open().and_then(|mut rtnl| rtnl.links()) {
+        Ok(links) => stale.extend(
+            links
+                .iter()
+                .filter_map(|link| plan::key_in(link.alias.as_deref()?))
+                .map(|key: Key| AttachmentKey {
+                    network: key.network,
+                    container_id: key.container_id,
+                    ifname: key.ifname,
+                }),
+        ),
+        Err(e) => failed.push(KernelError::from(e).into()),
+    }
+    let gone = stale.into_iter().filter(|key| {
+        key.network == network
+            && !valid.contains(&AttachmentId {
+                container_id: key.container_id.clone(),
+                ifname: key.ifname.clone(),
+            })
+    });
+    failed.extend(gone.filter_map(|key| match role {
+        Role::Main => attach::del(&key, config).err(),
+        Role::Ipam(_) => addresses::release(&key, None, config).err(),
+    }));
+    let mut failed = failed.into_iter();
+    let Some(first) = failed.next() else {
+        return Ok(());
+    };
+    let more: Vec<String> = failed.map(|failure| failure.details).collect();
+    Err(first.also(&more))
+}
+
+/// Who has a slot by the store.
+fn allocated(config: &Config) -> Result<Vec<AttachmentKey>, Failure> {
+    match Allocator::open(config)?.ask(&Request::Ipam)? {
+        Response::Ipam { slots, .. } => Ok(slots
+            .into_iter()
+            .filter(|row| row.state == "allocated")
+            .map(|row| row.key)
+            .collect()),
+        other => Err(unexpected("Ipam", other)),
     }
 }
 

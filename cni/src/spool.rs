@@ -81,10 +81,17 @@ impl Spool {
         let temporary = self
             .directory
             .join(format!(".{name}.{}", std::process::id()));
-        let mut file = File::create(&temporary).map_err(io)?;
-        file.write_all(&bytes).map_err(io)?;
-        file.sync_all().map_err(io)?;
-        fs::rename(&temporary, self.directory.join(format!("{name}.json"))).map_err(io)?;
+        let placed = File::create(&temporary)
+            .and_then(|mut file| {
+                file.write_all(&bytes)?;
+                file.sync_all()
+            })
+            .and_then(|()| fs::rename(&temporary, self.directory.join(format!("{name}.json"))));
+        if placed.is_err() {
+            // A runtime tries DEL again and again while the disk is full: each would leave a file, and they count.
+            let _ = fs::remove_file(&temporary);
+        }
+        placed.map_err(io)?;
         self.sync().map_err(io)?;
         // The directory itself may be new.
         if let Some(parent) = self.directory.parent() {
@@ -171,6 +178,20 @@ mod tests {
         spool.remove(&paths).unwrap();
         spool.remove(&paths).unwrap();
         assert!(spool.entries().is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_placed_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::new(dir.path());
+        spool.put(&entry("a")).unwrap();
+        let (path, _) = spool.entries().remove(0);
+        // A directory in the file's place: the rename fails, as all of it does on a full disk.
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(spool.put(&entry("a")).is_err());
+        let left = fs::read_dir(path.parent().unwrap()).unwrap().count();
+        assert_eq!(left, 1, "the directory alone");
     }
 
     #[test]

@@ -199,3 +199,34 @@ fn what_is_known_to_somebody_does_not_come_back() {
     let seen = seen.into_inner();
     assert!(seen[seen.len() - 4..].contains(&held), "{seen:?}");
 }
+
+/// GC carries on past errors (CNI §2): a store that nobody can read is told, and does not keep what its pods left.
+#[test]
+fn gc_takes_the_interfaces_of_what_is_gone_from_a_node_whose_store_is_damaged() {
+    if !require_root() {
+        return;
+    }
+    let node = node();
+    let (stays, goes) = (Pod::new("c1", true), Pod::new("c2", true));
+    let result = node.add(&stays).unwrap();
+    node.add(&goes).unwrap();
+    let file = node.state_dir().join(kun_cni::store::FILE);
+    let good = std::fs::read(&file).unwrap();
+    std::fs::write(&file, b"not a store").unwrap();
+
+    let mut network = node.network();
+    network["cni.dev/valid-attachments"] = json!([{"containerID": "c1", "ifname": "eth0"}]);
+    let vars = [("CNI_COMMAND", "GC"), ("CNI_PATH", "/opt/cni/bin")];
+    let gc = |network: &Value| node::answer(&node.execute(&vars, network.to_string().as_bytes()));
+    let error = gc(&network).unwrap_err();
+    assert_eq!(error["code"], 102, "{error}");
+    let left = goes.netns.exec("-br link show type veth").unwrap();
+    assert_eq!(left, "", "of the pod that is gone");
+
+    // Its release waited for the store.
+    std::fs::write(&file, &good).unwrap();
+    node.check(&stays, &result).unwrap();
+    let live = node.service().live(clock::now()).unwrap();
+    assert_eq!(live.len(), 1, "{live:?}");
+    assert_eq!(live[0].key.container_id, "c1");
+}
