@@ -384,6 +384,9 @@ fn quiet() -> Sim {
 #[test]
 fn a_resumed_watch_costs_no_list() {
     let mut sim = quiet();
+    // Where revisions are wanted, by a change that a watch has told.
+    sim.server.update(Kind::Namespace, 2, false);
+    sim.settle();
     sim.cut(false);
     sim.server.update(Kind::Namespace, 1, false);
     sim.wait(Duration::from_secs(5));
@@ -413,6 +416,8 @@ fn a_forgotten_version_finds_missed_deletions_and_new_identities() {
     for in_stream in [false, true] {
         let mut sim = quiet();
         sim.server.gone_in_stream = in_stream;
+        sim.server.update(Kind::Namespace, 2, false);
+        sim.settle();
         sim.cut(false);
         sim.server.delete(Kind::Namespace, 0);
         sim.step(&Step::Recreate(0, 1));

@@ -63,8 +63,7 @@ impl Proof {
     }
 
     fn of_deletion(&self) -> bool {
-        let print = self.witness.as_ref().map(|witness| witness.print);
-        print == Some(Print::default())
+        self.witness.as_ref().is_some_and(Witness::is_deletion)
     }
 
     fn verdict(&self, found: Option<Print>) -> Verdict {
@@ -289,7 +288,6 @@ impl Watch {
         match proof.verdict(found) {
             // Where somebody goes by revisions nothing less will do than the last change itself.
             Verdict::Unknown if self.revisions => self.relist_unproven(cx),
-            Verdict::Same if self.revisions && proof.of_deletion() => self.relist_unproven(cx),
             // Gone in both: what is not there proves less than what is.
             Verdict::Same if proof.of_deletion() => {
                 proof.witness = self.known.newest_until(proof.from);

@@ -77,6 +77,14 @@ pub(super) struct Witness {
     pub(super) print: Print,
     /// When.
     pub(super) at: u64,
+    /// A list named it: what was deleted before the list it does not know.
+    pub(super) listed: bool,
+}
+
+impl Witness {
+    pub(super) fn is_deletion(&self) -> bool {
+        self.print == Print::default()
+    }
 }
 
 #[derive(Debug)]
@@ -108,6 +116,8 @@ pub(super) struct Known {
     blank: usize,
     /// Of the last list and what came after it.
     newest: Option<Witness>,
+    /// A list is under way.
+    listing: bool,
 }
 
 impl Known {
@@ -122,6 +132,7 @@ impl Known {
             faults: BTreeMap::new(),
             blank: 0,
             newest: None,
+            listing: false,
         }
     }
 
@@ -160,10 +171,12 @@ impl Known {
     pub(super) fn begin_list(&mut self) {
         self.round = self.round.wrapping_add(1);
         self.newest = None;
+        self.listing = true;
     }
 
     /// It is complete.
     pub(super) fn end_list(&mut self, deltas: &mut Vec<Delta>) {
+        self.listing = false;
         let round = self.round;
         let mut gone: Vec<ObjectName> = (self.held.iter())
             .filter(|(_, held)| held.round != round)
@@ -273,14 +286,14 @@ impl Known {
         let Some(at) = version else { return };
         if self.newest.as_ref().is_none_or(|newest| newest.at <= at) {
             let name = name.clone();
-            self.newest = Some(Witness { name, print, at });
+            let listed = self.listing;
+            self.newest = Some(Witness {
+                name,
+                print,
+                at,
+                listed,
+            });
         }
-    }
-
-    /// Whether an object is known that the server says is deleted.
-    pub(super) fn holds(&self, names: &mut Interner, tree: &Node<'_>) -> bool {
-        self.name(names, tree)
-            .is_some_and(|name| self.held.contains_key(&name))
     }
 
     /// What changed last.
@@ -299,6 +312,7 @@ impl Known {
             name: name.clone(),
             print: held.print,
             at: held.print.version,
+            listed: false,
         })
     }
 

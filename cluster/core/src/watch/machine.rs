@@ -167,8 +167,8 @@ impl Watch {
     }
 
     /// Somebody goes by what [`Watch::reached`] says. Streams are then resumed from the last change and not from the last bookmark: where
-    /// no change was, a server of the same history sends nothing more, and one of another history sends what it has there. A kind that is
-    /// quiet for longer than the server remembers is listed more often for it.
+    /// no change was, a server of the same history sends nothing more, and one of another history sends what it has there. If there
+    /// was none since the list, or what changed last was deleted, nothing could prove anything, and all is listed.
     pub(super) fn go_by_revisions(&mut self) {
         self.revisions = true;
     }
@@ -383,10 +383,7 @@ impl Watch {
         let version: Box<str> = version.into();
         // The events of a list come in any order; those of a watch never go back.
         if !listing && self.went_back(&version) {
-            // Between the last change that a list named and its version there may have been deletions.
-            let gone = event.kind == "DELETED" && !self.known.holds(cx.names, &event.object);
-            let known = self.revisions && !self.proofs.is_empty() && gone;
-            return (!known).then_some(Turn::Relist(Why::WentBack));
+            return Some(Turn::Relist(Why::WentBack));
         }
         let deltas = if listing {
             &mut self.held

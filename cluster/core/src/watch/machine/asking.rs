@@ -20,6 +20,11 @@ impl Watch {
         if !self.lost {
             return;
         }
+        let newest = self.known.newest();
+        if self.revisions && newest.is_none_or(|newest| newest.listed || newest.is_deletion()) {
+            // Nothing has the last change that could be asked for.
+            return self.list_instead();
+        }
         // Lost again before it was proven: what was said in between may be of yet another history.
         let proof = Proof::new(self.known.newest().cloned(), from);
         if self.proofs.last().is_some_and(|last| last.is_as(&proof)) {
@@ -29,6 +34,10 @@ impl Watch {
             self.proofs.push(proof);
             return;
         }
+        self.list_instead();
+    }
+
+    fn list_instead(&mut self) {
         self.version = None;
         self.reached = None;
         self.why = Why::Unproven;
@@ -38,7 +47,7 @@ impl Watch {
         let changed = self.known.newest().map(|newest| newest.at);
         match changed {
             Some(changed) if self.revisions && !self.proofs.is_empty() => changed.to_string(),
-            Some(_) | None => self.version.as_deref().unwrap_or_default().to_owned(),
+            _ => self.version.as_deref().unwrap_or_default().to_owned(),
         }
     }
 
