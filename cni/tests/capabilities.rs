@@ -8,6 +8,7 @@ use std::io::Read;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use kun_config::types::SlotClass;
 use kun_control::Request;
 use kun_harness::require_root;
 use node::{Node, Pod, address};
@@ -127,16 +128,6 @@ fn limits_and_host_ports_reach_the_agent_and_are_refused_without_one() {
             .starts_with("bandwidth, portMappings: the node agent does this, and none answers at "),
         "{error}"
     );
-    // With an agent or without, now or later: no program translates it.
-    let sctp = json!({"portMappings": [
-        {"hostPort": 3868, "containerPort": 3868, "protocol": "sctp"},
-    ]});
-    let error = add(&node, &pod, sctp).unwrap_err();
-    assert_eq!(error["code"], 2, "{error}");
-    assert!(
-        details(&error).starts_with("portMappings: host port 3868 for SCTP: "),
-        "{error}"
-    );
     assert_eq!(node.leavings(), "");
     let agent = node.agent(2);
     add(&node, &pod, more).unwrap();
@@ -156,6 +147,37 @@ fn limits_and_host_ports_reach_the_agent_and_are_refused_without_one() {
             ],
         })
     );
+}
+
+/// With an agent or without, now or later: no program translates it.
+#[test]
+fn a_host_port_of_sctp_is_refused_before_anything_is_made() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    let pod = Pod::new("c1", true);
+    let ports = |protocol: &str| {
+        json!({"portMappings": [
+            {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"},
+            {"hostPort": 3868, "containerPort": 3868, "protocol": protocol},
+        ]})
+    };
+    let error = add(&node, &pod, ports("sctp")).unwrap_err();
+    assert_eq!(error["code"], 2, "{error}");
+    assert!(
+        details(&error).starts_with("portMappings: host port 3868 for SCTP: "),
+        "{error}"
+    );
+    assert_eq!(node.leavings(), "");
+    let (allocated, ..) = node
+        .service()
+        .counts(SlotClass::Dual, kun_cni::clock::now())
+        .unwrap();
+    assert_eq!(allocated, 0, "a slot was taken");
+    // The same ports of TCP lack the agent alone.
+    let error = add(&node, &pod, ports("tcp")).unwrap_err();
+    assert_eq!(error["code"], 11, "{error}");
 }
 
 #[test]

@@ -339,3 +339,22 @@ fn a_limit_holds_from_the_first_packet_through_a_killed_agent_to_the_end_of_the_
     assert!(wait_until(SOON, gone));
     assert_eq!(burst(&node, &free), SENT);
 }
+
+#[test]
+fn as_much_goes_at_once_as_was_asked_for_and_no_more_for_a_runtimes_default() {
+    let Some(node) = Node::start("burst") else {
+        return;
+    };
+    // Forty datagrams are six minutes of this rate; two gigabits are all that fits the socket.
+    let forty = 40 * 8 * (1000 + 8 + 40 + 14);
+    for (name, asked, through) in [
+        ("forty", json!(forty), 36..=40),
+        ("kubelet", json!(i32::MAX), 14..=17),
+        ("containerd", json!(u32::MAX), 14..=17),
+    ] {
+        let more = json!({"bandwidth": {"egressRate": 1000, "egressBurst": asked}});
+        let pod = node.try_pod(name, &more).unwrap();
+        let got = burst(&node, &pod);
+        assert!(through.contains(&got), "{name}: {got} datagrams");
+    }
+}

@@ -22,8 +22,12 @@ pub const ATTEMPTS: u32 = 64;
 /// retransmission timer (200 ms at least in Linux, RFC 6298) and begins anew: what it may then send must be what the wait has saved.
 pub const BURST_NS: u64 = 300_000_000;
 
-/// The least that a bucket holds: TCP's initial window (RFC 6928) is to pass at any rate.
+/// The least that a bucket holds, whatever is asked for: TCP's initial window (RFC 6928) is to pass at any rate.
 pub const BURST_BYTES: u64 = 16 * 1024;
+
+/// From here on a burst in bits means that nobody asked for one: Kubernetes' annotations know none, and runtimes fill in the largest
+/// number of 31 or of 32 bits. As a burst it would be no limit until two gigabits have gone by.
+pub const UNSAID_BURST: u64 = (1 << 31) - 1;
 
 /// What a bucket holds where packets wait instead of being dropped: as good as nothing, since they leave evenly.
 pub const PACED_BURST_NS: u64 = 2_000_000;
@@ -50,9 +54,9 @@ pub struct Terms {
 }
 
 impl Terms {
-    /// Of a rate in bits a second, with a burst of no more than `burst` bits where one is asked for. `paced`: packets can wait.
+    /// Of a rate in bits a second. `paced`: packets can wait.
     ///
-    /// The burst is what TCP needs at most: a larger one is no limit for as long as it lasts, and runtimes ask for two gigabits.
+    /// A burst in bits that somebody asked for is kept, also one that is larger than what TCP needs: after a rest so much goes at once.
     pub const fn new(rate: u64, burst: Option<u64>, paced: bool) -> Self {
         if rate == 0 || rate > FASTEST {
             return Terms {
@@ -65,12 +69,10 @@ impl Terms {
         // Rounded up: never more than the rate.
         let per_byte = (8_000_000_000u64 << FRACTION).div_ceil(rate);
         let mut hold = if paced { PACED_BURST_NS } else { BURST_NS };
-        if let Some(bits) = burst {
-            // Saturated far beyond what is allowed anyway.
-            let asked = (bits as u128 * 1_000_000_000 / rate as u128) as u64;
-            if asked < hold {
-                hold = asked;
-            }
+        if let Some(bits) = burst
+            && bits < UNSAID_BURST
+        {
+            hold = (bits as u128 * 1_000_000_000 / rate as u128) as u64;
         }
         let least = duration(per_byte, BURST_BYTES);
         Terms {

@@ -54,6 +54,12 @@ fn rates() -> impl Strategy<Value = u64> {
     (3_u32..11, 1_u64..10).prop_map(|(zeros, digit)| digit * 10_u64.pow(zeros))
 }
 
+/// What is asked for besides: nothing, or anything up to what runtimes say without being asked.
+fn bursts() -> impl Strategy<Value = Option<u64>> {
+    let asked = (0_u32..10, 1_u64..10).prop_map(|(zeros, digit)| Some(digit * 10_u64.pow(zeros)));
+    prop_oneof![1 => Just(None), 1 => asked]
+}
+
 /// Most bits that may leave within `nanoseconds`, a larger packet than the bucket included.
 fn most(rate: u64, terms: &Terms, largest: u64, nanoseconds: u64) -> u128 {
     let held = u128::from(terms.burst.max(duration(terms.per_byte, largest)));
@@ -66,11 +72,12 @@ proptest! {
     #[test]
     fn never_more_than_rate_and_burst(
         rate in rates(),
+        burst in bursts(),
         paced in any::<bool>(),
         packets in packets(),
         start in 1_u64..1 << 50,
     ) {
-        let terms = Terms::new(rate, None, paced);
+        let terms = Terms::new(rate, burst, paced);
         let clock = Word::new();
         let mut now = start;
         let mut left: Vec<(u64, u64)> = Vec::new();
@@ -99,8 +106,13 @@ proptest! {
 
     /// What an exact token bucket of the same terms lets through passes at once.
     #[test]
-    fn what_conforms_is_never_dropped(rate in rates(), paced in any::<bool>(), packets in packets()) {
-        let terms = Terms::new(rate, None, paced);
+    fn what_conforms_is_never_dropped(
+        rate in rates(),
+        burst in bursts(),
+        paced in any::<bool>(),
+        packets in packets(),
+    ) {
+        let terms = Terms::new(rate, burst, paced);
         let clock = Word::new();
         let mut now = 1 << 40;
         // Of the bucket's content the oracle counts bits times 10^9, exactly, and gives away less than the program rounds up.
@@ -165,20 +177,44 @@ fn a_packet_larger_than_the_bucket_passes_a_full_one_and_is_paid_off() {
 }
 
 #[test]
-fn a_runtimes_burst_is_cut_and_a_small_one_is_kept() {
-    let mbit = 10_000_000;
-    let usual = Terms::new(mbit, None, false);
-    assert_eq!(usual.burst, BURST_NS);
-    assert_eq!(Terms::new(mbit, Some((1 << 31) - 1), false), usual);
-    assert_eq!(Terms::new(mbit, Some(2_000_000), false).burst, 200_000_000);
-    let least = Terms::new(mbit, Some(8), false);
-    assert_eq!(least.burst, duration(least.per_byte, BURST_BYTES));
+fn a_burst_that_was_asked_for_is_kept_and_a_runtimes_default_is_none() {
+    let rate = 10_000_000;
+    for (paced, usual) in [(false, BURST_NS), (true, PACED_BURST_NS)] {
+        let terms = |burst| Terms::new(rate, burst, paced);
+        let least = terms(Some(8));
+        assert_eq!(least.burst, duration(least.per_byte, BURST_BYTES));
+        assert_eq!(terms(None).burst, usual.max(least.burst));
+        for unsaid in [(1 << 31) - 1, u64::from(u32::MAX)] {
+            assert_eq!(terms(Some(unsaid)), terms(None));
+        }
+        assert_eq!(terms(Some(2_000_000)).burst, 200_000_000);
+        assert_eq!(terms(Some(40_000_000)).burst, 4_000_000_000);
+    }
+    let longest = Terms::new(SLOWEST, Some(UNSAID_BURST - 1), false);
+    assert_eq!(longest.burst, (UNSAID_BURST - 1) * 1_000_000);
     assert!(!Terms::new(FASTEST + 1, None, false).limits());
     assert!(Terms::new(FASTEST, None, false).limits());
     assert_eq!(
         admit(&Word::new(), &Terms::default(), 1 << 30, 5),
         Verdict::Pass
     );
+}
+
+/// After a rest as much passes at once as was asked for, to the packet, and from then on the rate.
+#[test]
+fn as_much_goes_at_once_as_was_asked_for() {
+    // Five seconds of the rate.
+    let (rate, bits, bytes) = (1_000_000, 5_000_000, 1250);
+    let terms = Terms::new(rate, Some(bits), false);
+    let clock = Word::new();
+    let now = 1 << 40;
+    let passes = |at| {
+        let passed = (0..2_000).filter(|_| admit(&clock, &terms, bytes, at) == Verdict::Pass);
+        passed.count()
+    };
+    assert_eq!(passes(now), 500);
+    assert_eq!(passes(now + 1_000_000_000), 100);
+    assert_eq!(passes(now + 60_000_000_000), 500);
 }
 
 struct Bytes<'a>(&'a [u8]);
