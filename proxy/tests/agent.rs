@@ -339,6 +339,40 @@ fn filters_of(node: &Node) -> Vec<String> {
     found
 }
 
+/// `ipam.interfaces` is for pods that are made from then on.
+#[test]
+fn pods_of_another_layout_stay_reachable() {
+    let Some(mut node) = Node::start("layout") else {
+        return;
+    };
+    let [one, other] = ["split", "shared"];
+    for (before, after) in [(one, other), (other, one)] {
+        node.terminate();
+        node.configure(|config| config["ipam"]["interfaces"] = json!(before));
+        node.spawn();
+        let pod = node.pod(before);
+        let ends = pod_interfaces(&node);
+        node.terminate();
+        node.configure(|config| config["ipam"]["interfaces"] = json!(after));
+        node.spawn();
+        // What the kernel drops with the first the agent puts back after the second.
+        for end in &ends {
+            node.netns.exec(&format!("link set {end} down")).unwrap();
+            node.netns.exec(&format!("link set {end} up")).unwrap();
+        }
+        for address in [IpAddr::from(pod.v4), IpAddr::from(pod.v6)] {
+            let answers = || {
+                let mut ping = Command::new("ping");
+                ping.args(["-c", "1", "-W", "1", &address.to_string()]);
+                node.netns.output(ping).unwrap().status.success()
+            };
+            assert!(wait_until(SOON, answers), "{before}: {address}");
+        }
+        assert_eq!(pod_interfaces(&node), ends);
+        node.remove(pod);
+    }
+}
+
 /// What CHECK asks of the agent for a pod that has nothing but limits.
 fn missing(node: &Node, name: &str, bandwidth: Bandwidth) -> Vec<String> {
     let key = AttachmentKey {
