@@ -448,6 +448,11 @@ impl Answers {
         }
         facts.extend(self.watermark.iter().flat_map(Watermarks::facts));
         facts.extend(
+            self.leaks
+                .trouble()
+                .map(|what| fact("namespace", what, false)),
+        );
+        facts.extend(
             self.blocks
                 .trouble()
                 .map(|what| fact("routes", what, false)),
