@@ -12,9 +12,10 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kun_cni_core::names::{Carries, host_name};
 use kun_cni_core::plan::{self, Facts};
 use kun_cni_core::spec::Wishes;
-use kun_config::Config;
+use kun_config::{Config, Interfaces};
 use kun_control::{AttachmentKey, Request, Response};
 
 use crate::ipam::IpamService;
@@ -155,7 +156,7 @@ impl Keeper {
     }
 
     /// Only what is tagged as ours and what the store knows.
-    fn facts(&self, link: &Link) -> Option<Facts> {
+    fn facts(&mut self, link: &Link) -> Option<Facts> {
         let alias = link.alias.as_deref().unwrap_or_default();
         let key = plan::key_in(alias)?;
         let generation = plan::generation_in(alias, &key)?;
@@ -177,7 +178,21 @@ impl Keeper {
             mac: plan::mac_in(alias),
             ..Wishes::default()
         };
-        Some(attach::facts(&allocation, &wishes, &self.config, link.mtu))
+        let mut facts = attach::facts(&allocation, &wishes, &self.config, link.mtu);
+        facts.interfaces = self.layout(&facts);
+        Some(facts)
+    }
+
+    /// In which layout the pod was made: `ipam.interfaces` may have been another then.
+    fn layout(&mut self, facts: &Facts) -> Interfaces {
+        if facts.v4.is_none() {
+            return facts.interfaces;
+        }
+        match self.asking.link(&host_name(&facts.key, Carries::V4)) {
+            Ok(Some(_)) => Interfaces::Split,
+            Ok(None) => Interfaces::Shared,
+            Err(_) => facts.interfaces,
+        }
     }
 
     fn restore(&mut self, link: &Link) {

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use kun_cni_core::ipam::{Key, Unforgotten};
+use kun_cni_core::ipam::{Ipam, Key, Unforgotten};
 use kun_cni_core::leaks::Interface;
 pub use kun_cni_core::leaks::{Leak, Watch};
 use kun_cni_core::names::{self, Carries};
@@ -202,6 +202,16 @@ impl Sight {
             })
             .collect()
     }
+}
+
+/// How many attachments have a slot and interfaces of kun's making, and of how many of these an interface is among the given.
+pub fn standing(ipam: &Ipam, interfaces: &[Interface]) -> (usize, usize) {
+    let tagged: BTreeSet<(&Key, u64)> = interfaces.iter().map(|i| (&i.key, i.generation)).collect();
+    let live = ipam.live().filter(|a| !a.owner.delegated);
+    live.fold((0, 0), |(live, standing), a| {
+        let stands = tagged.contains(&(&a.owner.key, a.generation));
+        (live + 1, standing + usize::from(stands))
+    })
 }
 
 /// Both addresses of a slot.

@@ -47,7 +47,8 @@ fn main() -> ExitCode {
                 ExitCode::SUCCESS
             }
             Err(e) => {
-                eprintln!("{e:#}");
+                // Every error tells its source itself.
+                eprintln!("{e}");
                 ExitCode::FAILURE
             }
         };

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use kun_cni::allocator::{Allocator, AllocatorError};
 use kun_config::Config;
 use kun_control::{ClientError, Request, Response};
 use kun_telemetry::LoadError;
@@ -73,7 +74,8 @@ enum Command {
         #[arg(required = true, num_args = 1..=3, value_name = "WORDS")]
         words: Vec<String>,
     },
-    /// Pools, blocks and every slot that is not free: whose it is, and why it is not free yet.
+    /// Pools, blocks and every slot that is not free: whose it is, and why it is not free yet. Without an agent: what the node's store
+    /// holds.
     Ipam {
         #[command(subcommand)]
         action: Option<IpamAction>,
@@ -92,7 +94,7 @@ enum IpamAction {
         /// Do not ask; needs --generation.
         #[arg(long)]
         yes: bool,
-        /// Even if an interface still carries it; needs --generation.
+        /// Even if an interface still carries it, which is removed then, so that its pod is without network; needs --generation.
         #[arg(long)]
         force: bool,
     },
@@ -115,6 +117,8 @@ enum Failure {
     #[error(transparent)]
     Agent(#[from] ClientError),
     #[error(transparent)]
+    Store(#[from] AllocatorError),
+    #[error(transparent)]
     Release(#[from] release::ReleaseError),
     #[error(transparent)]
     Rebuild(#[from] kun_cni::rebuild::RebuildError),
@@ -136,6 +140,7 @@ impl Failure {
             Self::Load(_) | Self::Question(_) | Self::Resolve(_) | Self::NoConfig(_) => USAGE,
             Self::Agent(_) | Self::OtherAnswer => NO_AGENT,
             Self::Refused(_)
+            | Self::Store(_)
             | Self::Release(_)
             | Self::Rebuild(_)
             | Self::Json(_)
@@ -181,10 +186,10 @@ fn run(flags: &Flags, command: &Command) -> Result<bool, Failure> {
             let Response::Status { status } = &answer else {
                 return Err(Failure::OtherAnswer);
             };
-            print(flags.output, &answer, &show::status(status, None))
+            print(flags.output, &answer, &show::status(status, columns()))
         }
         Command::Ipam { action: None } => {
-            let answer = ask(socket, &Request::Ipam)?;
+            let answer = rows(flags, socket, config.as_ref())?;
             let Response::Ipam {
                 slots,
                 blocks,
@@ -193,7 +198,7 @@ fn run(flags: &Flags, command: &Command) -> Result<bool, Failure> {
             else {
                 return Err(Failure::OtherAnswer);
             };
-            let shown = show::ipam(pools, blocks, slots, None);
+            let shown = show::ipam(pools, blocks, slots, columns());
             print(flags.output, &answer, &shown)
         }
         Command::Ipam {
@@ -276,7 +281,7 @@ fn run(flags: &Flags, command: &Command) -> Result<bool, Failure> {
                 good &= print(
                     flags.output,
                     &answer,
-                    &show::why(&format!("{protocol} {from}→ {to}"), steps, None),
+                    &show::why(&format!("{protocol} {from}→ {to}"), steps, columns()),
                 )?;
             }
             Ok(good)
@@ -304,6 +309,33 @@ fn ask(socket: &Path, request: &Request) -> Result<Response, Failure> {
         Response::Failed { message } => Err(Failure::Refused(message)),
         answer => Ok(answer),
     }
+}
+
+/// All slots, of the agent; where none answers, of the store that the plugin alone uses. None is made where there is none.
+fn rows(flags: &Flags, socket: &Path, config: Option<&Config>) -> Result<Response, Failure> {
+    let no_agent = match ask(socket, &Request::Ipam) {
+        Err(Failure::Agent(error @ ClientError::NoAgent { .. })) => error,
+        asked => return asked,
+    };
+    let named = config.filter(|_| flags.socket.is_none());
+    let store = named.map(|config| (config, config.agent.state_dir.join(kun_cni::store::FILE)));
+    let Some((config, store)) = store.filter(|(_, store)| store.exists()) else {
+        return Err(no_agent.into());
+    };
+    eprintln!("kunctl: {no_agent} This is what {} holds.", store.display());
+    match Allocator::open(config)?.ask(&Request::Ipam)? {
+        Response::Failed { message } => Err(Failure::Refused(message)),
+        answer => Ok(answer),
+    }
+}
+
+/// What the shell says of the terminal, also of one that is not ours: `kunctl ipam | less`. `None`: the terminal is asked.
+fn columns() -> Option<u16> {
+    std::env::var("COLUMNS")
+        .ok()?
+        .parse()
+        .ok()
+        .filter(|columns| *columns > 0)
 }
 
 fn print(output: Output, answer: &Response, shown: &Shown) -> Result<bool, Failure> {

@@ -1,4 +1,5 @@
-//! Answers as tables that fit the terminal. Plain words, no colour: what is not as it should be is marked with `!`.
+//! Answers as tables that fit the terminal. Plain words, no colour: what is not as it should be is marked with `!`. A table whose
+//! words would have to be broken is told row by row.
 
 use comfy_table::{ContentArrangement, Table, presets};
 use kun_config::types::SlotClass;
@@ -33,6 +34,62 @@ fn lines(table: &Table) -> String {
         text.push('\n');
     }
     text
+}
+
+/// Signs of a last column that can be broken at its spaces.
+const LAST: usize = 20;
+
+/// Space before what is told of a row beyond its first line.
+const INDENT: &str = "      ";
+
+/// A table, or its rows one after another where it is too narrow for one.
+fn rows(width: Option<u16>, header: &[&str], rows: &[Vec<String>]) -> String {
+    let mut all = table(width, header);
+    all.add_rows(rows);
+    let least: usize = (0..header.len())
+        .map(|column| {
+            let cells = rows.iter().map(|row| row[column].chars().count());
+            let longest = cells.fold(header[column].chars().count(), usize::max);
+            let last = column + 1 == header.len();
+            2 + if last { longest.min(LAST) } else { longest }
+        })
+        .sum();
+    match all.width().map(usize::from) {
+        Some(width) if width < least => rows
+            .iter()
+            .map(|row| in_words(width, header, row))
+            .collect(),
+        Some(_) | None => lines(&all),
+    }
+}
+
+/// A row as `HEADER cell  HEADER cell`. What has no header is a mark.
+fn in_words(width: usize, header: &[&str], row: &[String]) -> String {
+    let mut text = String::new();
+    let mut line = String::new();
+    let mut put = |word: &str, apart: &str, line: &mut String| {
+        let more = line.chars().count() + apart.len() + word.chars().count();
+        if more > width && !line.trim().is_empty() {
+            text.push_str(line);
+            text.push('\n');
+            *line = INDENT.to_owned();
+        } else if !line.trim().is_empty() {
+            line.push_str(apart);
+        }
+        line.push_str(word);
+    };
+    for (name, cell) in header.iter().zip(row) {
+        let mut words = cell.split_whitespace();
+        let Some(first) = words.next() else {
+            continue;
+        };
+        match name.is_empty() {
+            true => put(first, " ", &mut line),
+            false => put(&format!("{} {first}", name.to_uppercase()), "  ", &mut line),
+        }
+        words.for_each(|word| put(word, " ", &mut line));
+    }
+    text + &line + "\n"
 }
 
 fn mark(good: bool) -> &'static str {
@@ -129,23 +186,20 @@ pub(crate) fn ipam(
 ) -> Shown {
     let mut text = String::new();
     if !pools.is_empty() {
-        let mut table = table(
-            width,
-            &[
-                "pool",
-                "ranges",
-                "blocks",
-                "wanted",
-                "allocated",
-                "cooling",
-                "waiting",
-                "quarantined",
-                "free",
-            ],
-        );
-        for pool in pools {
+        let header = [
+            "pool",
+            "ranges",
+            "blocks",
+            "wanted",
+            "allocated",
+            "cooling",
+            "waiting",
+            "quarantined",
+            "free",
+        ];
+        let all = pools.iter().map(|pool| {
             let ranges: Vec<String> = pool.ranges.iter().map(ToString::to_string).collect();
-            table.add_row([
+            vec![
                 class(pool.class).to_owned(),
                 ranges.join(" "),
                 pool.blocks.to_string(),
@@ -158,26 +212,23 @@ pub(crate) fn ipam(
                 pool.waiting.to_string(),
                 pool.quarantined.to_string(),
                 pool.free.to_string(),
-            ]);
-        }
-        text.push_str(&lines(&table));
+            ]
+        });
+        text.push_str(&rows(width, &header, &all.collect::<Vec<_>>()));
         text.push('\n');
     }
     if !blocks.is_empty() {
-        let mut table = table(
-            width,
-            &[
-                "block",
-                "class",
-                "phase",
-                "epoch",
-                "allocated",
-                "cooling",
-                "free",
-            ],
-        );
-        for block in blocks {
-            table.add_row([
+        let header = [
+            "block",
+            "class",
+            "phase",
+            "epoch",
+            "allocated",
+            "cooling",
+            "free",
+        ];
+        let all = blocks.iter().map(|block| {
+            vec![
                 block.block.to_string(),
                 class(block.class).to_owned(),
                 block.standing.clone(),
@@ -185,32 +236,29 @@ pub(crate) fn ipam(
                 block.allocated.to_string(),
                 block.cooling.to_string(),
                 block.free.to_string(),
-            ]);
-        }
-        text.push_str(&lines(&table));
+            ]
+        });
+        text.push_str(&rows(width, &header, &all.collect::<Vec<_>>()));
         text.push('\n');
     }
     let good = slots.iter().all(|row| row.state != "quarantined");
     if !slots.is_empty() {
-        let mut table = table(
-            width,
-            &[
-                "",
-                "slot",
-                "class",
-                "state",
-                "age",
-                "gen",
-                "ipv6",
-                "ipv4",
-                "pod",
-                "container",
-                "free in",
-                "why not yet",
-            ],
-        );
-        for row in slots {
-            table.add_row([
+        let header = [
+            "",
+            "slot",
+            "class",
+            "state",
+            "age",
+            "gen",
+            "ipv6",
+            "ipv4",
+            "pod",
+            "container",
+            "free in",
+            "why not yet",
+        ];
+        let all = slots.iter().map(|row| {
+            vec![
                 mark(row.state != "quarantined").to_owned(),
                 row.slot.to_string(),
                 class(row.slot.class()).to_owned(),
@@ -223,9 +271,9 @@ pub(crate) fn ipam(
                 format!("{}/{}", shortened(&row.key.container_id), row.key.ifname),
                 row.free_in_secs.map(span).unwrap_or_default(),
                 row.why.join("; "),
-            ]);
-        }
-        text.push_str(&lines(&table));
+            ]
+        });
+        text.push_str(&rows(width, &header, &all.collect::<Vec<_>>()));
         text.push('\n');
     }
     let of = |state: &str| slots.iter().filter(|row| row.state == state).count();
@@ -422,6 +470,15 @@ mod tests {
             state: "quarantined".to_owned(),
             ..row
         };
+        // No word is broken where the table has no room.
+        for width in [40, 60, 80] {
+            let text = ipam(&[], &[], std::slice::from_ref(&kept), Some(width)).text;
+            for word in ["!  SLOT 10.64.0.1", "IPV6 fd00::a40:1", "POD shop/web-1"] {
+                assert!(text.contains(word), "{width}: {text}");
+            }
+            let longest = text.lines().map(|line| line.chars().count()).max();
+            assert!(longest <= Some(width.into()), "{width}: {text}");
+        }
         let shown = ipam(&[], &[], &[kept], Some(200));
         assert!(!shown.good, "somebody has to look at it");
         assert!(shown.text.ends_with(", 1 quarantined\n"), "{}", shown.text);

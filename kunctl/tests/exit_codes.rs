@@ -149,3 +149,34 @@ fn usage_is_2_and_no_agent_is_3() {
         "{told}"
     );
 }
+
+/// Where the plugin works alone nobody answers, and its errors name `kunctl ipam` all the same.
+#[test]
+fn without_an_agent_ipam_is_what_the_store_holds() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (path, state) = (dir.path().join("kun.yaml"), dir.path().join("state"));
+    let text = format!(
+        "node: {{name: n}}\nipam: {{v4Pools: [10.64.0.0/16]}}\nagent: {{stateDir: {}, socket: {}}}\n",
+        state.display(),
+        dir.path().join("agent.sock").display()
+    );
+    std::fs::write(&path, &text).expect("written");
+    let shown = || kunctl(&["ipam", "--config", &path.to_string_lossy()]);
+    assert_eq!(shown().status.code(), Some(3), "nothing holds anything");
+    assert!(!state.exists(), "and nothing is made");
+
+    let config = kun_config::parse("kun.yaml", &text).expect("right");
+    let (boot, now) = (kun_cni::clock::boot().expect("one"), kun_cni::clock::now());
+    let service = kun_cni::ipam::IpamService::open(&state, &config, boot, now).expect("opens");
+    let block = kun_config::types::BlockId::new(std::net::Ipv4Addr::new(10, 64, 0, 64).into());
+    service
+        .set_blocks(&[block.expect("aligned")], now)
+        .expect("stored");
+    drop(service);
+    let output = shown();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(told.contains("10.64.0.64/26"), "{told}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("no agent answers"), "{said}");
+}

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use kun_control::{AttachmentKey, Request, Response, SlotRow};
-use kun_harness::{wait_for, wait_until};
+use kun_harness::{Netns, wait_for, wait_until};
 use rig::{Node, Pod, Service, VIP4, VIP6};
 use serde_json::json;
 
@@ -95,6 +95,38 @@ fn leaks_are_reclaimed_and_an_address_comes_back_when_nothing_knows_it() {
     // The living one was not touched.
     assert_eq!(row(&node, "stays").unwrap().state, "allocated");
     assert_eq!(interfaces(&node), 2, "of the pod that lives");
+    drop(stays);
+}
+
+/// A DaemonSet without `hostNetwork`: none of the node's interfaces is to be seen there.
+#[test]
+fn an_agent_in_another_namespace_takes_nothing_from_the_living() {
+    let Some(mut node) = Node::start("astray") else {
+        return;
+    };
+    let stays = node.pod("stays");
+    node.terminate();
+    let elsewhere = Netns::new("astray-away").unwrap();
+    elsewhere.exec("link set lo up").unwrap();
+    let home = std::mem::replace(&mut node.netns, elsewhere);
+    node.spawn_until_answers();
+    let trouble = |node: &Node| match node.ask(&Request::Status) {
+        Response::Status { status } => status.ipam.into_iter().find(|f| f.name == "namespace"),
+        other => panic!("{other:?}"),
+    };
+    let told = wait_for("a look at no interface", SOON, || trouble(&node)).unwrap();
+    assert!(
+        !told.ok && told.value.contains("hostNetwork: true"),
+        "{told:?}"
+    );
+    assert_eq!(row(&node, "stays").unwrap().state, "allocated");
+
+    node.terminate();
+    node.netns = home;
+    node.spawn();
+    assert_eq!(trouble(&node), None);
+    assert_eq!(row(&node, "stays").unwrap().state, "allocated");
+    assert_eq!(interfaces(&node), 2);
     drop(stays);
 }
 

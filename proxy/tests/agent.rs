@@ -6,11 +6,12 @@ mod rig;
 use std::fs;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::num::NonZeroU64;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use kun_control::{Request, Response};
+use kun_control::{AttachmentKey, Bandwidth, RateLimit, Request, Response, Traffic};
 use kun_harness::{wait_for, wait_until};
 use rig::{Inside, LB4, LB6, Node, Service, VIP4, VIP6};
 use serde_json::json;
@@ -336,6 +337,92 @@ fn filters_of(node: &Node) -> Vec<String> {
         }
     }
     found
+}
+
+/// `ipam.interfaces` is for pods that are made from then on.
+#[test]
+fn pods_of_another_layout_stay_reachable() {
+    let Some(mut node) = Node::start("layout") else {
+        return;
+    };
+    let [one, other] = ["split", "shared"];
+    for (before, after) in [(one, other), (other, one)] {
+        node.terminate();
+        node.configure(|config| config["ipam"]["interfaces"] = json!(before));
+        node.spawn();
+        let pod = node.pod(before);
+        let ends = pod_interfaces(&node);
+        node.terminate();
+        node.configure(|config| config["ipam"]["interfaces"] = json!(after));
+        node.spawn();
+        // What the kernel drops with the first the agent puts back after the second.
+        for end in &ends {
+            node.netns.exec(&format!("link set {end} down")).unwrap();
+            node.netns.exec(&format!("link set {end} up")).unwrap();
+        }
+        for address in [IpAddr::from(pod.v4), IpAddr::from(pod.v6)] {
+            let answers = || {
+                let mut ping = Command::new("ping");
+                ping.args(["-c", "1", "-W", "1", &address.to_string()]);
+                node.netns.output(ping).unwrap().status.success()
+            };
+            assert!(wait_until(SOON, answers), "{before}: {address}");
+        }
+        assert_eq!(pod_interfaces(&node), ends);
+        node.remove(pod);
+    }
+}
+
+/// What CHECK asks of the agent for a pod that has nothing but limits.
+fn missing(node: &Node, name: &str, bandwidth: Bandwidth) -> Vec<String> {
+    let key = AttachmentKey {
+        network: "kun".into(),
+        container_id: format!("container-{name}"),
+        ifname: "eth0".into(),
+    };
+    let traffic = Traffic {
+        bandwidth,
+        ..Traffic::default()
+    };
+    match node.ask(&Request::Verify {
+        key,
+        host_interfaces: pod_interfaces(node),
+        traffic,
+    }) {
+        Response::Done => Vec::new(),
+        Response::NotAsExpected { missing } => missing,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The queueing discipline stays, so nobody puts them back: CHECK has to say so.
+#[test]
+fn a_filter_that_somebody_took_away_is_missed_by_check() {
+    let Some(node) = Node::start("filter") else {
+        return;
+    };
+    let rate = 10_000_000;
+    let limits = json!({"bandwidth": {"ingressRate": rate}});
+    let pod = node.try_pod("limited", &limits).unwrap();
+    let limit = RateLimit {
+        rate: NonZeroU64::new(rate).unwrap(),
+        burst: None,
+    };
+    let asked = Bandwidth {
+        ingress: Some(limit),
+        egress: None,
+    };
+    assert_eq!(missing(&node, "limited", asked), Vec::<String>::new());
+    let taken = [("106", "limiting"), ("107", "service")];
+    for (name, (priority, programs)) in pod_interfaces(&node).iter().zip(taken) {
+        let mut tc = Command::new("tc");
+        tc.args(["filter", "del", "dev", name, "egress", "pref", priority]);
+        assert!(node.netns.output(tc).unwrap().status.success(), "{name}");
+        let missed = missing(&node, "limited", asked);
+        let line = format!("{name} carries no {programs} programs");
+        assert!(missed.contains(&line), "{missed:?}");
+    }
+    drop(pod);
 }
 
 /// Filters have no owner: anybody's `tc qdisc del` takes them away.

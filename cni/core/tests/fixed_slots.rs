@@ -5,7 +5,8 @@
 use std::time::Duration;
 
 use kun_cni_core::ipam::{
-    BootId, BootTime, Choice, Command, Ipam, Key, Owner, Pod, Reply, Rules, Snapshot, Unavailable,
+    BootId, BootTime, Choice, Claim, Command, Ipam, Key, Owner, Pod, Reply, Rules, Snapshot,
+    Unavailable,
 };
 use kun_config::types::{BlockId, Slot, SlotClass};
 
@@ -149,6 +150,30 @@ fn an_attachment_has_its_own_address_back_at_once_and_no_other_one_that_cools() 
     };
     assert_eq!(allocated(ipam.step(command, at(51)).reply).0, FIRST);
     assert_eq!(ipam.counts(SlotClass::Dual), (1, 0, 63));
+}
+
+/// Whom this node knows to have had an address last need not be the last: another node had the block meanwhile, and its pods the
+/// address.
+#[test]
+fn an_address_of_a_block_that_was_elsewhere_cools_for_its_last_owner_too() {
+    let mut ipam = ipam();
+    let block = BlockId::new(Slot(FIRST)).expect("aligned");
+    let _ = fixed(&mut ipam, "a", FIRST + 9, 0);
+    let key = owner("a").key;
+    let generation = None;
+    let _ = ipam.step(Command::Release { key, generation }, at(1));
+    let _ = ipam.step(Command::SetClaims([].into()), at(2));
+    let epoch = Claim::FIRST.epoch + 2;
+    let again = Claim {
+        epoch,
+        ..Claim::FIRST
+    };
+    let _ = ipam.step(Command::SetClaims([(block, again)].into()), at(3));
+    assert_eq!(
+        because(fixed(&mut ipam, "a", FIRST + 9, 4)),
+        Unavailable::Cooling(Duration::from_secs(29))
+    );
+    assert_eq!(allocated(fixed(&mut ipam, "a", FIRST + 9, 33)).1, 2);
 }
 
 #[test]

@@ -21,7 +21,7 @@ pub use features::{Features, Missing};
 pub use hook::{HookError, Mechanism};
 pub use maps::{Capacities, Expired, FlowRecords, PeerWay, ServiceMaps};
 pub use nat64::{Nat64Config, Nat64Dataplane, Nat64Error, Nat64Stats, Nat64Warning};
-pub use object::Adopted;
+pub use object::{Adopted, FIRST_FILTERS, LAST_FILTERS};
 pub use pins::KeptCapacity;
 pub use service::{Hook, ServiceConfig, ServiceDataplane};
 pub use sys::{Ran, account_run_time};

@@ -20,6 +20,11 @@ use crate::features::Features;
 use crate::pins::{KeptCapacity, MapSpec, Pins};
 use crate::{Error, hook, sys};
 
+/// Priority of the filters that come first, and of those that come last. Others' come before at lower, after at higher numbers.
+pub const FIRST_FILTERS: u16 = 106;
+/// See [`FIRST_FILTERS`].
+pub const LAST_FILTERS: u16 = 107;
+
 /// Where in an interface's chain of programs an object's are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Order {
@@ -30,11 +35,11 @@ pub(crate) enum Order {
 }
 
 impl Order {
-    /// Ours among a clsact hook's filters; others' come before at lower, after at higher numbers.
+    /// Ours among a clsact hook's filters.
     fn clsact_priority(self) -> u16 {
         match self {
-            Order::First => 106,
-            Order::Last => 107,
+            Order::First => FIRST_FILTERS,
+            Order::Last => LAST_FILTERS,
         }
     }
 

@@ -12,14 +12,18 @@ use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 
 use kun_cluster::Store;
+use kun_cni::host_interface_names;
 use kun_cni::ipam::{BootTime, ClusterLook, Look, Revision, Unforgotten};
 use kun_cni::look::{self, Leak, Sight, Watch, addresses};
-use kun_config::types::PodPrefix;
+use kun_config::Interfaces;
+use kun_config::types::{PodPrefix, SlotClass};
 use kun_control::{AttachmentKey, Request, Response};
 
 use super::answers::Answers;
 use super::cluster::Between;
 use super::flows::Flows;
+use super::home::Home;
+use super::node;
 
 /// Lines that are kept of one address.
 const MAX_HELD: usize = 8;
@@ -29,6 +33,7 @@ const MAX_HELD: usize = 8;
 pub(crate) struct Leaks {
     watch: Mutex<Watch>,
     flows: Flows,
+    home: Home,
 }
 
 /// What one round did.
@@ -43,11 +48,17 @@ pub(crate) struct Round {
 }
 
 impl Leaks {
-    pub(crate) fn new(flows: Flows) -> Self {
+    pub(crate) fn new(flows: Flows, home: Home) -> Self {
         Self {
             watch: Mutex::default(),
             flows,
+            home,
         }
+    }
+
+    /// Why nothing that is absent here proves anything.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.home.trouble()
     }
 
     /// Looks once, tells the address store what was seen, and reclaims what two looks agree on.
@@ -61,9 +72,17 @@ impl Leaks {
         let sight = Sight::take()
             .inspect_err(|error| tracing::warn!(%error, "this node's interfaces cannot be looked at; addresses rest until they can"))
             .ok()?;
-        observe(answers, &released, &sight, &self.flows, now);
         let prefix = answers.ipam.prefix();
         let interfaces = sight.interfaces(prefix);
+        let (live, standing) = answers
+            .ipam
+            .read(now, |core| look::standing(core, &interfaces))
+            .inspect_err(|error| tracing::warn!(%error, "leaks cannot be looked for"))
+            .ok()?;
+        if !self.home.is_here(live, standing) {
+            return None;
+        }
+        observe(answers, &released, &sight, &self.flows, now);
         let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
         let leaks = answers
             .ipam
@@ -208,16 +227,26 @@ fn reclaim(answers: &Answers, leak: &Leak) -> Result<bool, String> {
             generation,
             key,
         } => {
+            let key = AttachmentKey {
+                network: key.network.clone(),
+                container_id: key.container_id.clone(),
+                ifname: key.ifname.clone(),
+            };
+            // An ADD that took that long may have made them since the look, which may have waited for the dataplane.
+            let names = host_interface_names(&key, SlotClass::Dual, Interfaces::Split);
+            if names
+                .iter()
+                .any(|name| node::interface_index(name).is_some())
+            {
+                return Ok(false);
+            }
+            let container = key.container_id.clone();
             let release = Request::Release {
-                key: AttachmentKey {
-                    network: key.network.clone(),
-                    container_id: key.container_id.clone(),
-                    ifname: key.ifname.clone(),
-                },
+                key,
                 generation: Some(*generation),
             };
             let done = answers.answer(&release) == Response::Done;
-            tracing::info!(%slot, generation, container = key.container_id, done, "a slot whose pod has no interface any more is let go");
+            tracing::info!(%slot, generation, container, done, "a slot whose pod has no interface any more is let go");
             Ok(done)
         }
         Leak::Interface {

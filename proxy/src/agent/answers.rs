@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use kun_cluster::{ObjectName, Protocol};
 use kun_cni::ipam::IpamService;
 use kun_cni::{clock, host_interface_names};
-use kun_config::Config;
 use kun_config::types::{Slot, SlotClass};
+use kun_config::{Config, Interfaces};
 use kun_control::{Allocation, AttachmentKey, Fact, Request, Response, Status, Traffic, WhyStep};
 use kun_proxy_core::{Question, Reason};
 
@@ -223,8 +223,7 @@ impl Answers {
         if response == Response::Done
             && self.ipam.handle(&lookup, clock::now()) == Response::Unknown
         {
-            let interfaces =
-                host_interface_names(key, SlotClass::Dual, self.config.ipam.interfaces);
+            let interfaces = host_interface_names(key, SlotClass::Dual, Interfaces::Split);
             // The agent may be stopping; the links go with the interfaces.
             let _ = self.dataplane.send(Message::Detach {
                 key: key.clone(),
@@ -269,10 +268,11 @@ impl Answers {
         self.ipam.free(slot, generation, now)
     }
 
-    /// The host-side interfaces of an allocation.
+    /// The host-side interfaces that an allocation may have: `ipam.interfaces` may have been another when the pod was made, and the
+    /// one interface of `shared` has the first name of `split`.
     pub(crate) fn names(&self, allocation: &Allocation) -> Vec<String> {
         let class = allocation.slot.class();
-        host_interface_names(&allocation.key, class, self.config.ipam.interfaces)
+        host_interface_names(&allocation.key, class, Interfaces::Split)
     }
 
     fn why(
@@ -344,6 +344,8 @@ impl Answers {
         };
         let live = self.ipam.live(clock::now()).unwrap_or_default();
         if let Some(allocation) = live.into_iter().find(|a| Some(a.slot) == slot) {
+            let mut interfaces = self.names(&allocation);
+            interfaces.retain(|name| node::interface_index(name).is_some());
             steps.push(WhyStep {
                 what: "slot".into(),
                 object: allocation.slot.to_string(),
@@ -353,7 +355,7 @@ impl Answers {
                     allocation.pod.namespace,
                     allocation.pod.name,
                     allocation.key.container_id,
-                    self.names(&allocation).join(", ")
+                    interfaces.join(", ")
                 ),
                 source: None,
             });
@@ -445,6 +447,11 @@ impl Answers {
             }
         }
         facts.extend(self.watermark.iter().flat_map(Watermarks::facts));
+        facts.extend(
+            self.leaks
+                .trouble()
+                .map(|what| fact("namespace", what, false)),
+        );
         facts.extend(
             self.blocks
                 .trouble()

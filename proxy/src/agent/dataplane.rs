@@ -15,6 +15,7 @@ use kun_cni::clock;
 use kun_config::Config;
 use kun_control::{AttachmentKey, Fact};
 use kun_ebpf_abi::Addr;
+use kun_ebpf_loader::{FIRST_FILTERS, LAST_FILTERS};
 use kun_proxy::{EbpfBackend, Proxy};
 use kun_proxy_core::{Problem, Question, Reason};
 use tokio::sync::watch;
@@ -307,10 +308,20 @@ impl Dataplane {
             traffic,
             ..
         } = attachment;
+        let bare = |name: &String, priority| match node::interface_index(name) {
+            Some(index) if self.pods.get(name) == Some(&index) => {
+                !links::has_filters(index, priority).unwrap_or(false)
+            }
+            Some(_) | None => true,
+        };
         let mut missing: Vec<String> = (interfaces.iter())
-            .filter(|i| self.pods.get(*i).copied() != node::interface_index(i))
+            .filter(|i| bare(i, LAST_FILTERS))
             .map(|i| format!("{i} carries no service programs"))
             .collect();
+        if !traffic.bandwidth.is_unlimited() {
+            let unlimited = interfaces.iter().filter(|i| bare(i, FIRST_FILTERS));
+            missing.extend(unlimited.map(|i| format!("{i} carries no limiting programs")));
+        }
         missing.extend(self.limiter.missing(key, interfaces, &traffic.bandwidth));
         let held = self.attachments.get(key);
         for mapping in &traffic.port_mappings {

@@ -61,7 +61,40 @@ pub(super) fn with_filters() -> Result<BTreeSet<u32>, RouteError> {
     Ok(found)
 }
 
-/// The same, by name.
+/// The two ends of a clsact queueing discipline (linux/pkt_sched.h: TC_H_MIN_INGRESS, TC_H_MIN_EGRESS).
+const HOOKS: [u16; 2] = [0xfff2, 0xfff3];
+
+/// Whether an interface has filters of this priority in both directions.
+pub(super) fn has_filters(index: u32, priority: u16) -> Result<bool, RouteError> {
+    let mut netlink = Netlink::open()?;
+    for minor in HOOKS {
+        let mut message = TcMessage::default();
+        message.header.index = index.cast_signed();
+        message.header.parent = TcHandle {
+            major: u16::MAX,
+            minor,
+        };
+        netlink.send(
+            RouteNetlinkMessage::GetTrafficFilter(message),
+            NLM_F_REQUEST | NLM_F_DUMP,
+        )?;
+        let mut found = false;
+        // An interface that has no such discipline has no filters.
+        let _ = netlink.receive(|answer| {
+            if let RouteNetlinkMessage::NewTrafficFilter(filter) = answer {
+                // The upper half is the priority. Each is told of once more without its filters.
+                let (of, handle) = (filter.header.info >> 16, filter.header.handle);
+                found |= of == u32::from(priority) && handle != TcHandle::UNSPEC;
+            }
+        })?;
+        if !found {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The interfaces of [`with_filters`], by name.
 pub(super) fn named_with_filters() -> Result<Vec<String>, RouteError> {
     let indices = with_filters()?;
     let socket = rustix::net::socket(

@@ -44,6 +44,7 @@ mod cluster;
 mod condition;
 mod dataplane;
 mod flows;
+mod home;
 mod limits;
 mod links;
 mod lists;
@@ -247,7 +248,10 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         announcer: announcer.clone(),
         kernel,
         programmed: dataplane.programmed(),
-        leaks: addresses::Leaks::new(flows::Flows::new(flows, gateway)),
+        leaks: addresses::Leaks::new(
+            flows::Flows::new(flows, gateway),
+            home::Home::new(&config.agent.state_dir),
+        ),
         watermark,
         left: Left::default(),
     });
