@@ -1,5 +1,8 @@
 //! A dataplane that does not take an op: somebody else has filled its map of frontends, and fills it again as fast as the agent clears it.
 
+use std::net::Ipv4Addr;
+use std::panic::AssertUnwindSafe;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -7,12 +10,14 @@ use kun_ebpf_abi::service::{ServiceKey, ServiceValue};
 use kun_ebpf_abi::{Addr, Port};
 use kun_ebpf_loader::{ServiceConfig, ServiceDataplane};
 use kun_harness::{wait_for, wait_until};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::lab::{Lab, MAX_BACKENDS, MAX_SERVICES, MAX_SLOTS, Node, SOON};
 
 /// More than two publications, which are two seconds apart.
 const WATCHED: Duration = Duration::from_secs(6);
+
+const ATTEMPTS: usize = 5;
 
 fn dataplane(node: &Node) -> ServiceDataplane {
     let config = ServiceConfig {
@@ -30,8 +35,17 @@ fn dataplane(node: &Node) -> ServiceDataplane {
         .0
 }
 
+fn key(address: Ipv4Addr, port: u16) -> ServiceKey {
+    ServiceKey {
+        addr: Addr::v4(address.octets()),
+        port: Port::new(port),
+        proto: 6,
+        pad: 0,
+    }
+}
+
 /// Frontends that nobody wants, as many as there is room for.
-fn fill(dataplane: &mut ServiceDataplane) {
+fn fill(dataplane: &Mutex<ServiceDataplane>, stop: &AtomicBool) {
     let value = ServiceValue {
         service: MAX_SERVICES - 1,
         scope: 0,
@@ -40,16 +54,15 @@ fn fill(dataplane: &mut ServiceDataplane) {
         pad: 0,
         affinity_secs: 0,
     };
-    for port in 1..=u16::MAX {
-        let key = ServiceKey {
-            addr: Addr::v4([203, 0, 113, 1]),
-            port: Port::new(port),
-            proto: 6,
-            pad: 0,
-        };
-        if dataplane.maps().upsert_service(&key, &value).is_err() {
-            return;
-        }
+    let ports = 1..=u16::try_from(2 * MAX_SERVICES).unwrap();
+    let keys: Vec<ServiceKey> = ports
+        .map(|port| key([203, 0, 113, 1].into(), port))
+        .collect();
+    let values = vec![value; keys.len()];
+    while !stop.load(Ordering::Relaxed) {
+        let mut dataplane = dataplane.lock().unwrap();
+        let full = dataplane.maps().upsert_services(&keys, &values);
+        assert!(full.is_err(), "there was room for all");
     }
 }
 
@@ -57,63 +70,77 @@ fn failures(node: &Node) -> usize {
     node.log().matches("an op failed").count()
 }
 
-/// What its dataplane could not take in a node has not applied, however often the other publishes it.
-pub(crate) fn what_the_dataplane_refused_is_not_published(lab: &mut Lab) {
+/// A Service with an endpoint: its address, and the revision of its slice.
+fn serve(lab: &Lab, name: &str) -> (Ipv4Addr, u64) {
+    let slice = format!("{name}-4");
+    let objects = json!({"apiVersion": "v1", "kind": "List", "items": [
+        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
+            "spec": {"ports": [{"name": "http", "port": 80}]}},
+        {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": slice, "namespace": "default", "labels": {"kubernetes.io/service-name": name}},
+            "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+            "endpoints": [{"addresses": ["198.51.100.7"], "conditions": {"ready": true}}]},
+    ]});
+    let words = ["apply", "-f", "-"];
+    lab.plane.kubectl(&words, &objects.to_string()).unwrap();
+    let service = lab.get(&["-n", "default", "service", name]);
+    let slice = lab.get(&["-n", "default", "endpointslice", &slice]);
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let address = text(&service["spec"]["clusterIP"]).parse().unwrap();
+    let revision = text(&slice["metadata"]["resourceVersion"]).parse().unwrap();
+    (address, revision)
+}
+
+/// What its dataplane could not take in a node has not applied, however often the other publishes it. Once in a while the agent is faster
+/// than who fills the map; then the map has the Service, and another one is tried.
+pub(crate) fn what_the_dataplane_refused_is_not_published(lab: &Lab) {
     let (here, there) = (&lab.nodes[0], &lab.nodes[1]);
-    let mut dataplane = dataplane(here);
-    let failed = failures(here);
-    let stop = AtomicBool::new(false);
-    let revision = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !stop.load(Ordering::Relaxed) {
-                fill(&mut dataplane);
-            }
-        });
-        let asserted = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            let objects = json!({"apiVersion": "v1", "kind": "List", "items": [
-                {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "more", "namespace": "default"},
-                    "spec": {"ports": [{"name": "http", "port": 80}]}},
-                {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
-                    "metadata": {"name": "more-4", "namespace": "default", "labels": {"kubernetes.io/service-name": "more"}},
-                    "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
-                    "endpoints": [{"addresses": ["198.51.100.7"], "conditions": {"ready": true}}]},
-            ]});
-            lab.plane
-                .kubectl(&["apply", "-f", "-"], &objects.to_string())
-                .unwrap();
-            let slice = lab.get(&["-n", "default", "endpointslice", "more-4"]);
-            let revision = slice["metadata"]["resourceVersion"].as_str().unwrap();
-            let revision: u64 = revision.parse().unwrap();
-            wait_for("an op to fail", SOON, || {
-                (failures(here) > failed).then_some(())
-            })
-            .unwrap_or_else(|e| panic!("{e:#}\n{}", here.log()));
-            wait_for("the other node", SOON, || {
-                (lab.published(there.name) >= revision).then_some(())
-            })
-            .unwrap();
-            let told = wait_until(WATCHED, || lab.published(here.name) >= revision);
+    let dataplane = Mutex::new(dataplane(here));
+    let (failed, stop) = (failures(here), AtomicBool::new(false));
+    let names: Vec<String> = (0..ATTEMPTS).map(|n| format!("more-{n}")).collect();
+    let refused = |name: &String| {
+        let (address, revision) = serve(lab, name);
+        wait_for("the other node", SOON, || {
+            (lab.published(there.name) >= revision).then_some(())
+        })
+        .unwrap();
+        let told = wait_until(WATCHED, || lab.published(here.name) >= revision);
+        if told {
+            let mut dataplane = dataplane.lock().unwrap();
+            let served = dataplane.maps().service(&key(address, 80)).unwrap();
             assert!(
-                !told,
-                "{revision} is published, and the maps do not hold it: {}",
+                served.is_some(),
+                "{revision} is published and not applied: {}",
                 here.log()
             );
-            assert!(lab.folded() < revision);
-            revision
-        }));
+            return None;
+        }
+        assert!(lab.folded() < revision);
+        Some(revision)
+    };
+    let revision = std::thread::scope(|scope| {
+        scope.spawn(|| fill(&dataplane, &stop));
+        let tried = AssertUnwindSafe(|| names.iter().find_map(refused));
+        let tried = std::panic::catch_unwind(tried);
         stop.store(true, Ordering::Relaxed);
-        asserted.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        tried.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
+    assert!(failures(here) > failed, "no op failed: {}", here.log());
+    let revision = revision.expect("the agent was faster each time");
     wait_for("what is applied to be published", SOON, || {
         (lab.published(here.name) >= revision).then_some(())
     })
     .unwrap_or_else(|e| panic!("{e:#}\n{}", here.log()));
-    let words = [
-        "-n",
-        "default",
-        "delete",
-        "service/more",
-        "endpointslice/more-4",
-    ];
-    lab.plane.kubectl(&words, "").unwrap();
+    for name in &names {
+        let objects = [format!("service/{name}"), format!("endpointslice/{name}-4")];
+        let words = [
+            "-n",
+            "default",
+            "delete",
+            "--ignore-not-found",
+            &objects[0],
+            &objects[1],
+        ];
+        lab.plane.kubectl(&words, "").unwrap();
+    }
 }
