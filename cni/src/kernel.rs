@@ -318,7 +318,7 @@ impl<'a> Applier<'a> {
                 Op::Address {
                     ifname, address, ..
                 } => {
-                    let index = self.link(op, ifname, rest)?.index;
+                    let index = self.index(op, ifname)?;
                     self.push_missing(op, Query::address(index, *address));
                 }
                 Op::Neighbour {
@@ -327,13 +327,13 @@ impl<'a> Applier<'a> {
                     mac,
                     ..
                 } => {
-                    let index = self.link(op, ifname, rest)?.index;
+                    let index = self.index(op, ifname)?;
                     self.push(op, Query::neighbour(index, *address, *mac));
                 }
                 Op::Route {
                     ifname, to, via, ..
                 } => {
-                    let index = self.link(op, ifname, rest)?.index;
+                    let index = self.index(op, ifname)?;
                     self.push_missing(op, Query::route(index, *to, *via));
                 }
                 Op::Ipv6 {
@@ -402,6 +402,14 @@ impl<'a> Applier<'a> {
         Ok(())
     }
 
+    /// Its index, which needs no conversation and none of the kernel's big lock. The interface was made in an earlier turn.
+    fn index(&self, op: &Op, ifname: &str) -> Result<u32, KernelError> {
+        self.rtnl.index(ifname)?.ok_or_else(|| KernelError::Gone {
+            op: op.to_string(),
+            ifname: ifname.to_owned(),
+        })
+    }
+
     /// The interface, asked for together with all others that the rest will need, at the end of what is pending.
     fn link(&mut self, op: &Op, ifname: &str, rest: &[Op]) -> Result<&Link, KernelError> {
         if !self.links.contains_key(ifname) {
@@ -443,15 +451,18 @@ impl<'a> Applier<'a> {
     }
 }
 
-/// The interface of which an op must know more than its name.
+/// The interface of which an op must know more than its index.
 fn needs_link(op: &Op) -> Option<&str> {
     match op {
-        Op::Address { ifname, .. }
-        | Op::Neighbour { ifname, .. }
-        | Op::Route { ifname, .. }
-        | Op::AwaitCarrier { ifname, .. } => Some(ifname),
+        Op::AwaitCarrier { ifname, .. } => Some(ifname),
         Op::Ipv6 { side, ifname, .. } => (*side == Side::Host).then_some(ifname),
-        Op::CreatePair { .. } | Op::Configure { .. } | Op::Sysctl { .. } | Op::Up { .. } => None,
+        Op::CreatePair { .. }
+        | Op::Configure { .. }
+        | Op::Sysctl { .. }
+        | Op::Up { .. }
+        | Op::Address { .. }
+        | Op::Neighbour { .. }
+        | Op::Route { .. } => None,
     }
 }
 

@@ -206,6 +206,16 @@ impl Rtnl {
         Ok(verdicts)
     }
 
+    /// The index of the interface of this name: no message, and no wait for whoever changes some other interface. For those that should
+    /// be there: of a name that it does not know the kernel looks for a module to load (SIOCGIFINDEX).
+    pub fn index(&self, name: &str) -> Result<Option<u32>, NetlinkError> {
+        match rustix::net::netdevice::name_to_index(self.socket.as_fd(), name) {
+            Ok(index) => Ok(Some(index)),
+            Err(rustix::io::Errno::NODEV) => Ok(None),
+            Err(e) => Err(io::Error::from(e).into()),
+        }
+    }
+
     /// The interface of this name.
     pub fn link(&mut self, name: &str) -> Result<Option<Link>, NetlinkError> {
         let answer = self.batch(&[Query::link(name)])?.pop();

@@ -439,8 +439,7 @@ pub fn begin(pairs: &[Pair], mtu: u32) -> Vec<Op> {
 
 /// The rest of ADD, when the slot is durable: two turns, in the pod and on the node.
 ///
-/// What is known of an interface by name goes first in each turn, so that one conversation with the kernel tells the indices
-/// that the rest needs.
+/// Each is one conversation with the kernel: what has to be known of an interface beyond its index is asked for at its end.
 pub fn finish(facts: &Facts) -> Vec<Op> {
     let pairs = facts.pairs();
     let mut ops = Vec::new();
@@ -475,13 +474,14 @@ pub fn finish(facts: &Facts) -> Vec<Op> {
         });
     }
     for pair in &pairs {
+        ops.extend(reach(pair));
+    }
+    for pair in &pairs {
+        ops.extend(host_ipv6(pair));
         ops.push(Op::AwaitCarrier {
             side: Side::Host,
             ifname: pair.host.clone(),
         });
-    }
-    for pair in &pairs {
-        ops.extend(reach(pair));
     }
     ops
 }
@@ -499,7 +499,9 @@ pub fn standing(facts: &Facts) -> Vec<Op> {
 pub fn restore(facts: &Facts, host: &str) -> Vec<Op> {
     let pairs = facts.pairs();
     let of_host = pairs.iter().filter(|pair| pair.host == host);
-    of_host.flat_map(reach).collect()
+    of_host
+        .flat_map(|pair| reach(pair).into_iter().chain(host_ipv6(pair)))
+        .collect()
 }
 
 /// What the going down of the pod's end of this pair takes away: IPv6 addresses too, and routes and neighbours of both families.
@@ -620,24 +622,11 @@ pub fn mac_in(text: &str) -> Option<Mac> {
     parts(text)?.1
 }
 
-/// The host side's settings, neighbours and routes to the pod.
+/// The host side's neighbours and routes to the pod.
 fn reach(pair: &Pair) -> Vec<Op> {
     let side = Side::Host;
     let ifname = pair.host.clone();
     let mut ops = Vec::new();
-    match pair.carries {
-        Carries::V6 | Carries::Both => ops.push(Op::Ipv6 {
-            side,
-            ifname: ifname.clone(),
-            // Nothing learnt, nothing answered on others' behalf.
-            settings: &[
-                Ipv6Setting::Forwarding,
-                Ipv6Setting::NoRouterAdvertisements,
-                Ipv6Setting::NoProxy,
-            ],
-        }),
-        Carries::V4 => {}
-    }
     for address in &pair.addresses {
         ops.push(Op::Neighbour {
             side,
@@ -653,6 +642,22 @@ fn reach(pair: &Pair) -> Vec<Op> {
         });
     }
     ops
+}
+
+/// The host side's IPv6 settings: nothing learnt, nothing answered on others' behalf.
+fn host_ipv6(pair: &Pair) -> Option<Op> {
+    match pair.carries {
+        Carries::V6 | Carries::Both => Some(Op::Ipv6 {
+            side: Side::Host,
+            ifname: pair.host.clone(),
+            settings: &[
+                Ipv6Setting::Forwarding,
+                Ipv6Setting::NoRouterAdvertisements,
+                Ipv6Setting::NoProxy,
+            ],
+        }),
+        Carries::V4 => None,
+    }
 }
 
 /// Forwarding on; nothing answered on others' behalf; a pod's packets must come from its own address.

@@ -168,10 +168,11 @@ fn parse_v4(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// The index of an interface of this namespace; `None`: there is none of that name.
+/// The index of an interface of this namespace; `None`: there is none of that name. By a message: asked by SIOCGIFINDEX for a name
+/// that it does not know, the kernel starts a program that looks for a module of that name.
 pub(crate) fn interface_index(name: &str) -> Option<u32> {
-    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
-    rustix::net::netdevice::name_to_index(&socket, name).ok()
+    let found = Rtnl::open().and_then(|mut rtnl| rtnl.link(name));
+    found.ok().flatten().map(|link| link.index)
 }
 
 /// The BGP identifier where none is configured: the IPv4 address that the node would talk to the fabric with, else the low 32 bits
