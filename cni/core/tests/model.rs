@@ -521,7 +521,8 @@ impl Model for Histories {
     }
 }
 
-/// How deep the search goes within `cargo test`; `KUN_MODEL_DEPTH` sets another for the real thing.
+/// How deep the search goes within `cargo test`: 11,883 different worlds. `KUN_MODEL_DEPTH` sets another for the real thing; 10, which is
+/// 56,821 of them, takes a minute or two unoptimised.
 const DEPTH: usize = 8;
 
 #[test]
