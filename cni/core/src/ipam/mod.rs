@@ -285,6 +285,11 @@ impl Ipam {
         self.seen.get(&slot).map_or(&[], |seen| &seen.why)
     }
 
+    /// When the release of a slot that is not forgotten was first looked at in this process.
+    pub fn first_look(&self, slot: Slot) -> Option<BootTime> {
+        self.seen.get(&slot).map(|seen| seen.first)
+    }
+
     /// Drops all that was seen: the next looks begin anew.
     pub fn forget_looks(&mut self) {
         self.seen.clear();

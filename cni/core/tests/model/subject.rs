@@ -1,6 +1,7 @@
 //! The slot machine as it is, and with known bugs of the field put back in: each has freed, leaked or doubled addresses somewhere.
 
 use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 use kun_cni_core::ipam::{
@@ -52,7 +53,7 @@ pub(crate) const MUTANTS: [Mutant; 12] = [
 ];
 
 /// What the model drives: `None` is the real thing.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Subject {
     pub(crate) ipam: Ipam,
     mutant: Option<Mutant>,
@@ -66,6 +67,9 @@ pub(crate) const SLOTS: u32 = 2;
 /// In ticks of one second.
 pub(crate) const COOLDOWN: u64 = 2;
 
+/// In ticks too.
+pub(crate) const QUARANTINE_AFTER: u64 = 2;
+
 fn rules(mutant: Option<Mutant>) -> Rules {
     let cooldown = match mutant {
         Some(Mutant::EvidenceAlone) => 0,
@@ -75,7 +79,7 @@ fn rules(mutant: Option<Mutant>) -> Rules {
         Some(Mutant::TimeAlone) => Needs::NONE,
         _ => Needs::FOLDER,
     };
-    let quarantine_after = Duration::from_secs(2);
+    let quarantine_after = Duration::from_secs(QUARANTINE_AFTER);
     Rules {
         slots_per_block: SLOTS,
         ..Rules::new(Duration::from_secs(cooldown), quarantine_after, needs)
@@ -113,6 +117,13 @@ impl Subject {
             late: Vec::new(),
         };
         (subject, effects)
+    }
+
+    /// A word for what is stored too late, which only a mutant does; it tells apart more than it need.
+    pub(crate) fn owes(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.late.hash(&mut hasher);
+        hasher.finish()
     }
 
     pub(crate) fn mutant(&self) -> Option<Mutant> {
