@@ -175,6 +175,7 @@ fn an_address_comes_back_only_after_every_nodes_dataplane_has_forgotten_it() {
     };
     let took = comes_back_when_all_have_applied(&mut lab);
     eprintln!("a slot came back {took:?} after its last slice");
+    full::what_the_dataplane_refused_is_not_published(&lab);
     a_frozen_agent_is_waited_for(&mut lab, WATCHED.max(took * 2));
     without_an_operator_it_waits(&mut lab);
     together(
@@ -182,7 +183,6 @@ fn an_address_comes_back_only_after_every_nodes_dataplane_has_forgotten_it() {
         || faults_in_between_cost_time_alone(&lab),
     );
     a_deleted_fold_is_made_anew(&mut lab);
-    full::what_the_dataplane_refused_is_not_published(&lab);
     restored::a_restored_backup_frees_nothing_early_and_keeps_nothing_for_ever(&mut lab, WATCHED);
     a_deleted_node_takes_its_lease_along(&mut lab);
 }
