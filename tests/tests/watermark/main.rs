@@ -142,7 +142,12 @@ fn a_deleted_node_takes_its_lease_along(lab: &mut Lab) {
     let (slot, _) = lab.used_and_released("six");
     lab.nodes[1].agent.signal(Signal::STOP).unwrap();
     lab.endpoints(&[]);
-    lab.nodes[0].waits(slot, Duration::ZERO, "a frozen agent");
+    wait_for("the frozen agent to be waited for", SOON, || {
+        let row = lab.nodes[0].row(slot).expect("it came back");
+        let named = row.why.iter().any(|why| why.contains("of node-b"));
+        named.then_some(())
+    })
+    .unwrap();
     lab.plane
         .kubectl(&["delete", "node", "node-b"], "")
         .unwrap();
