@@ -1,14 +1,11 @@
-//! A dataplane that does not take an op: somebody else has filled its map of frontends, and fills it again as fast as the agent clears it.
+//! A dataplane that does not take an op: somebody else has filled its map of frontends, with what cannot be read back.
 
 use std::net::Ipv4Addr;
-use std::panic::AssertUnwindSafe;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use kun_ebpf_abi::service::{ServiceKey, ServiceValue};
+use kun_ebpf_abi::service::{ServiceKey, ServiceValue, View, ViewKind};
 use kun_ebpf_abi::{Addr, Port};
-use kun_ebpf_loader::{ServiceConfig, ServiceDataplane};
+use kun_ebpf_loader::{ServiceConfig, ServiceDataplane, ServiceMaps};
 use kun_harness::{wait_for, wait_until};
 use serde_json::{Value, json};
 
@@ -17,7 +14,8 @@ use crate::lab::{Lab, MAX_BACKENDS, MAX_SERVICES, MAX_SLOTS, Node, SOON};
 /// More than two publications, which are two seconds apart.
 const WATCHED: Duration = Duration::from_secs(6);
 
-const ATTEMPTS: usize = 5;
+/// A service id that nobody has.
+const SPOILT: u32 = MAX_SERVICES - 1;
 
 fn dataplane(node: &Node) -> ServiceDataplane {
     let config = ServiceConfig {
@@ -44,26 +42,30 @@ fn key(address: Ipv4Addr, port: u16) -> ServiceKey {
     }
 }
 
-/// Frontends that nobody wants, as many as there is room for.
-fn fill(dataplane: &Mutex<ServiceDataplane>, stop: &AtomicBool) {
+/// As many frontends as there is room for, all of a service whose slots lie beyond all slots: an agent that reads the maps back, as it
+/// does after an op that failed, cannot do that either.
+fn fill(maps: &mut ServiceMaps) {
     let value = ServiceValue {
-        service: MAX_SERVICES - 1,
+        service: SPOILT,
         scope: 0,
         internal_view: 0,
         external_view: 0,
         pad: 0,
         affinity_secs: 0,
     };
-    let ports = 1..=u16::try_from(2 * MAX_SERVICES).unwrap();
-    let keys: Vec<ServiceKey> = ports
-        .map(|port| key([203, 0, 113, 1].into(), port))
-        .collect();
-    let values = vec![value; keys.len()];
-    while !stop.load(Ordering::Relaxed) {
-        let mut dataplane = dataplane.lock().unwrap();
-        let full = dataplane.maps().upsert_services(&keys, &values);
-        assert!(full.is_err(), "there was room for all");
+    let nowhere = View {
+        epoch: 1,
+        count: 1,
+        base: 1 << 30,
+    };
+    maps.publish(SPOILT, ViewKind::Cluster, nowhere).unwrap();
+    for port in 1..u16::MAX {
+        let key = key([203, 0, 113, 1].into(), port);
+        if maps.upsert_service(&key, &value).is_err() {
+            return;
+        }
     }
+    panic!("there is no end to the map");
 }
 
 fn failures(node: &Node) -> usize {
@@ -91,56 +93,47 @@ fn serve(lab: &Lab, name: &str) -> (Ipv4Addr, u64) {
     (address, revision)
 }
 
-/// What its dataplane could not take in a node has not applied, however often the other publishes it. Once in a while the agent is faster
-/// than who fills the map; then the map has the Service, and another one is tried.
+/// What its dataplane could not take in a node has not applied, however often the other publishes it.
 pub(crate) fn what_the_dataplane_refused_is_not_published(lab: &Lab) {
     let (here, there) = (&lab.nodes[0], &lab.nodes[1]);
-    let dataplane = Mutex::new(dataplane(here));
-    let (failed, stop) = (failures(here), AtomicBool::new(false));
-    let names: Vec<String> = (0..ATTEMPTS).map(|n| format!("more-{n}")).collect();
-    let refused = |name: &String| {
-        let (address, revision) = serve(lab, name);
-        wait_for("the other node", SOON, || {
-            (lab.published(there.name) >= revision).then_some(())
-        })
+    let mut dataplane = dataplane(here);
+    let failed = failures(here);
+    fill(dataplane.maps());
+    let (address, revision) = serve(lab, "more");
+    wait_for("an op to fail", SOON, || {
+        (failures(here) > failed).then_some(())
+    })
+    .unwrap_or_else(|e| panic!("{e:#}: {}", here.log()));
+    wait_for("the other node", SOON, || {
+        (lab.published(there.name) >= revision).then_some(())
+    })
+    .unwrap();
+    let told = wait_until(WATCHED, || lab.published(here.name) >= revision);
+    assert!(
+        !told,
+        "{revision} is published and not applied: {}",
+        here.log()
+    );
+    assert!(lab.folded() < revision);
+    let served = |maps: &ServiceMaps| maps.service(&key(address, 80)).unwrap().is_some();
+    assert!(!served(dataplane.maps()));
+    // The maps can be read again; what nobody wants the agent removes.
+    let nothing = View::default();
+    dataplane
+        .maps()
+        .publish(SPOILT, ViewKind::Cluster, nothing)
         .unwrap();
-        let told = wait_until(WATCHED, || lab.published(here.name) >= revision);
-        if told {
-            let mut dataplane = dataplane.lock().unwrap();
-            let served = dataplane.maps().service(&key(address, 80)).unwrap();
-            assert!(
-                served.is_some(),
-                "{revision} is published and not applied: {}",
-                here.log()
-            );
-            return None;
-        }
-        assert!(lab.folded() < revision);
-        Some(revision)
-    };
-    let revision = std::thread::scope(|scope| {
-        scope.spawn(|| fill(&dataplane, &stop));
-        let tried = AssertUnwindSafe(|| names.iter().find_map(refused));
-        let tried = std::panic::catch_unwind(tried);
-        stop.store(true, Ordering::Relaxed);
-        tried.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    });
-    assert!(failures(here) > failed, "no op failed: {}", here.log());
-    let revision = revision.expect("the agent was faster each time");
     wait_for("what is applied to be published", SOON, || {
         (lab.published(here.name) >= revision).then_some(())
     })
     .unwrap_or_else(|e| panic!("{e:#}\n{}", here.log()));
-    for name in &names {
-        let objects = [format!("service/{name}"), format!("endpointslice/{name}-4")];
-        let words = [
-            "-n",
-            "default",
-            "delete",
-            "--ignore-not-found",
-            &objects[0],
-            &objects[1],
-        ];
-        lab.plane.kubectl(&words, "").unwrap();
-    }
+    assert!(served(dataplane.maps()));
+    let words = [
+        "-n",
+        "default",
+        "delete",
+        "service/more",
+        "endpointslice/more-4",
+    ];
+    lab.plane.kubectl(&words, "").unwrap();
 }

@@ -142,7 +142,12 @@ fn a_deleted_node_takes_its_lease_along(lab: &mut Lab) {
     let (slot, _) = lab.used_and_released("six");
     lab.nodes[1].agent.signal(Signal::STOP).unwrap();
     lab.endpoints(&[]);
-    lab.nodes[0].waits(slot, Duration::ZERO, "a frozen agent");
+    wait_for("the frozen agent to be waited for", SOON, || {
+        let row = lab.nodes[0].row(slot).expect("it came back");
+        let named = row.why.iter().any(|why| why.contains("of node-b"));
+        named.then_some(())
+    })
+    .unwrap();
     lab.plane
         .kubectl(&["delete", "node", "node-b"], "")
         .unwrap();
@@ -175,6 +180,7 @@ fn an_address_comes_back_only_after_every_nodes_dataplane_has_forgotten_it() {
     };
     let took = comes_back_when_all_have_applied(&mut lab);
     eprintln!("a slot came back {took:?} after its last slice");
+    full::what_the_dataplane_refused_is_not_published(&lab);
     a_frozen_agent_is_waited_for(&mut lab, WATCHED.max(took * 2));
     without_an_operator_it_waits(&mut lab);
     together(
@@ -182,7 +188,6 @@ fn an_address_comes_back_only_after_every_nodes_dataplane_has_forgotten_it() {
         || faults_in_between_cost_time_alone(&lab),
     );
     a_deleted_fold_is_made_anew(&mut lab);
-    full::what_the_dataplane_refused_is_not_published(&lab);
     restored::a_restored_backup_frees_nothing_early_and_keeps_nothing_for_ever(&mut lab, WATCHED);
     a_deleted_node_takes_its_lease_along(&mut lab);
 }
