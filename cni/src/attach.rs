@@ -8,10 +8,11 @@ use std::path::Path;
 
 use kun_cni_core::choice::wanted;
 use kun_cni_core::ipam::Key;
+use kun_cni_core::names::{self, Carries};
 use kun_cni_core::plan::{self, Draft, Facts, Op, Pair, Side, Undo};
 use kun_cni_core::spec::{self, Attachment, Code, Failure, NetworkConfig, Success, Wishes};
-use kun_config::Config;
 use kun_config::types::SlotClass;
+use kun_config::{Config, Interfaces};
 use kun_control::{
     Allocation, AttachmentKey, Bandwidth, Client, ClientError, PortMapping, RateLimit, Request,
     Response, Traffic, Transport,
@@ -80,7 +81,12 @@ pub(crate) fn add(
     let made = begun
         .unwrap_or_else(|| kernel.apply(&plan::begin(&pairs, mtu), &mut undo))
         .and_then(|()| as_told(&mut kernel, &facts, &pairs, &mut undo))
-        .and_then(|()| kernel.apply(&plan::finish(&facts), &mut undo))
+        .and_then(|()| kernel.apply(&plan::finish(&facts), &mut undo));
+    if let Err(stands @ KernelError::Stands { .. }) = made {
+        // Another ADD of this attachment is at work, or left this to DEL: the slot is its.
+        return Err(Failure::from(stands).also(&removed(&undo, &facts.key)));
+    }
+    let made = made
         .map_err(Failure::from)
         .and_then(|()| attached(agent, &facts, &key, &wishes, config));
     if let Err(failure) = made {
@@ -299,6 +305,13 @@ pub(crate) fn check(
     let netns = Netns::open(netns_path)?;
     let allocation = addresses::known(&key, config)?;
     let mut facts = facts(&allocation, &wishes, config, 0);
+    // The layout in which ADD made it: the node's may be another by now.
+    let second = names::host_name(&facts.key, Carries::V4);
+    let of_host = |i: &spec::Interface| i.sandbox.is_empty() && i.name == second;
+    facts.interfaces = match previous.interfaces.iter().any(of_host) {
+        true => Interfaces::Split,
+        false => Interfaces::Shared,
+    };
     // The MTU that ADD saw: the uplink's may have changed since, and a later plugin may have changed the pod's.
     let of_host = facts.pairs().first().and_then(|pair| {
         let ours = |i: &&spec::Interface| i.sandbox.is_empty() && i.name == pair.host;

@@ -402,11 +402,10 @@ impl IpamService {
             queue.led = true;
             let batch = std::mem::take(&mut queue.waiting);
             drop(queue);
+            let leads = Leads(self, batch.iter().map(|(ticket, ..)| *ticket).collect());
             let replies = self.commit(batch);
+            leads.answer(replies);
             queue = self.lock_queue();
-            queue.led = false;
-            queue.replies.extend(replies);
-            self.answered.notify_all();
         }
     }
 
@@ -537,6 +536,29 @@ impl IpamService {
     }
 }
 
+/// Whoever commits for others. All of them are answered, also when it panics: they would wait for ever.
+struct Leads<'a>(&'a IpamService, Vec<u64>);
+
+impl Leads<'_> {
+    fn answer(mut self, replies: Vec<(u64, Result<Reply, String>)>) {
+        self.1.clear();
+        self.0.lock_queue().replies.extend(replies);
+    }
+}
+
+impl Drop for Leads<'_> {
+    fn drop(&mut self) {
+        let mut queue = self.0.lock_queue();
+        queue.led = false;
+        let unanswered = self.1.drain(..).map(|ticket| {
+            let message = "the commit broke off; look again what became of it";
+            (ticket, Err(message.to_owned()))
+        });
+        queue.replies.extend(unanswered);
+        self.0.answered.notify_all();
+    }
+}
+
 /// What can be seen of an address depends on where the cluster is read from. With neither API nor folder there would be nothing
 /// to see; a new source has to say here what it can prove.
 fn needs(source: &ClusterSource) -> Needs {
@@ -598,5 +620,42 @@ pub(crate) fn control_pod(pod: &Pod) -> PodRef {
         namespace: pod.namespace.clone(),
         name: pod.name.clone(),
         uid: pod.uid.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock;
+
+    #[test]
+    fn who_waits_for_a_leader_that_panics_is_told_and_the_next_one_leads() {
+        let dir = tempfile::tempdir().unwrap();
+        let text =
+            "node: {name: n}\ncluster: {folder: /nonexistent}\nipam: {v4Pools: [10.64.0.0/14]}\n";
+        let config = kun_config::parse("kun.yaml", text).unwrap();
+        let (boot, now) = (clock::boot().unwrap(), clock::now());
+        let service = IpamService::open(dir.path(), &config, boot, now).unwrap();
+        service.lock_queue().led = true;
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| service.tick(now));
+            let tickets: Vec<u64> = loop {
+                let queue = service.lock_queue();
+                if !queue.waiting.is_empty() {
+                    break queue.waiting.iter().map(|(ticket, ..)| *ticket).collect();
+                }
+                drop(queue);
+                std::thread::yield_now();
+            };
+            service.lock_queue().waiting.clear();
+            let leading = std::panic::AssertUnwindSafe(|| {
+                let _leads = Leads(&service, tickets);
+                panic!("in the midst of a commit");
+            });
+            assert!(std::panic::catch_unwind(leading).is_err());
+            let error = waiting.join().unwrap().unwrap_err();
+            assert!(error.to_string().contains("broke off"), "{error}");
+        });
+        service.tick(now).unwrap();
     }
 }

@@ -100,15 +100,20 @@ impl<'a> Kernel<'a> {
     }
 
     /// Applies the ops in order. What must be undone is pushed on `undo` before it is done, so that after a failure, or a part of
-    /// the ops only, [`revert`] leaves nothing.
+    /// the ops only, [`revert`] leaves nothing. A pair whose name another has is not undone: another ADD of the attachment made it.
     pub fn apply(&mut self, ops: &[Op], undo: &mut Vec<Undo>) -> Result<(), KernelError> {
         let netns = self.netns;
         for turn in ops.chunk_by(|a, b| a.side() == b.side()) {
             undo.extend(turn.iter().filter_map(Op::undo));
-            match turn[0].side() {
-                Side::Host => Applier::new(&mut self.host, Some(netns)).run(turn)?,
-                Side::Pod => netns.inside(|| Applier::new(&mut self.pod, None).run(turn))??,
-            }
+            let mut others = Vec::new();
+            let done = match turn[0].side() {
+                Side::Host => Applier::new(&mut self.host, Some(netns)).run(turn, &mut others),
+                Side::Pod => netns
+                    .inside(|| Applier::new(&mut self.pod, None).run(turn, &mut others))
+                    .unwrap_or_else(|e| Err(e.into())),
+            };
+            undo.retain(|Undo::RemoveLink { host }| !others.contains(host));
+            done?;
         }
         Ok(())
     }
@@ -154,7 +159,7 @@ impl<'a> Kernel<'a> {
 
 /// Applies ops of the node alone, of an attachment that stands.
 pub fn apply_on_node(rtnl: &mut Rtnl, ops: &[Op]) -> Result<(), KernelError> {
-    Applier::new(rtnl, None).run(ops)
+    Applier::new(rtnl, None).run(ops, &mut Vec::new())
 }
 
 /// Applies ops of a pod alone, of an attachment that stands; `rtnl` is a socket of the pod's namespace. Addresses and routes that
@@ -162,7 +167,7 @@ pub fn apply_on_node(rtnl: &mut Rtnl, ops: &[Op]) -> Result<(), KernelError> {
 pub fn complete_in_pod(rtnl: &mut Rtnl, ops: &[Op]) -> Result<(), KernelError> {
     let mut applier = Applier::new(rtnl, None);
     applier.only_missing = true;
-    applier.run(ops)
+    applier.run(ops, &mut Vec::new())
 }
 
 /// What was removed, and what could not be.
@@ -172,6 +177,21 @@ pub struct Removed {
     pub generation: Option<u64>,
     /// What stays, and why.
     pub failed: Vec<KernelError>,
+}
+
+/// Removes the interface of this index; gone already is fine.
+pub fn remove(rtnl: &mut Rtnl, index: u32, ifname: &str) -> Result<(), KernelError> {
+    match rtnl.batch(&[Query::remove(index)])?.pop() {
+        Some(Err(source))
+            if source.raw_os_error() != Some(rustix::io::Errno::NODEV.raw_os_error()) =>
+        {
+            Err(KernelError::Refused {
+                op: format!("remove {ifname}"),
+                source,
+            })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Undoes the steps, all interfaces at once; gone already is fine.
@@ -211,7 +231,19 @@ fn remove_links(
     let queries: Vec<Query> = names.iter().map(|name| Query::link(name)).collect();
     let mut ours = Vec::new();
     for (name, found) in names.iter().zip(rtnl.batch(&queries)?) {
-        let Ok(Some(link)) = found else { continue };
+        let link = match found {
+            Ok(Some(link)) => link,
+            Ok(None) => continue,
+            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => continue,
+            // Not to be seen is not gone.
+            Err(source) => {
+                removed.failed.push(KernelError::Refused {
+                    op: format!("look for {name}"),
+                    source,
+                });
+                continue;
+            }
+        };
         match &link.alias {
             // A crash between making and tagging it; the name alone is enough.
             None => ours.push(Query::group(link.index, group)),
@@ -279,10 +311,11 @@ struct Applier<'a> {
     rtnl: &'a mut Rtnl,
     /// Where pairs have their far end.
     far: Option<&'a Netns>,
-    pending: Vec<(String, Query)>,
+    pending: Vec<(String, Option<String>, Query)>,
     links: BTreeMap<String, Link>,
     /// Addresses and routes that are there already stay.
     only_missing: bool,
+    others: Vec<String>,
 }
 
 impl<'a> Applier<'a> {
@@ -293,10 +326,18 @@ impl<'a> Applier<'a> {
             pending: Vec::new(),
             links: BTreeMap::new(),
             only_missing: false,
+            others: Vec::new(),
         }
     }
 
-    fn run(mut self, ops: &[Op]) -> Result<(), KernelError> {
+    /// `others`: the node's ends that it could not make, because another ADD has made them.
+    fn run(mut self, ops: &[Op], others: &mut Vec<String>) -> Result<(), KernelError> {
+        let done = self.all(ops);
+        others.append(&mut self.others);
+        done
+    }
+
+    fn all(&mut self, ops: &[Op]) -> Result<(), KernelError> {
         for (done, op) in ops.iter().enumerate() {
             let rest = &ops[done..];
             match op {
@@ -305,7 +346,9 @@ impl<'a> Applier<'a> {
                         op: op.to_string(),
                         ifname: pair.host.clone(),
                     })?;
-                    self.push(op, Query::create_pair(pair, *mtu, far.as_fd()));
+                    let query = Query::create_pair(pair, *mtu, far.as_fd());
+                    let host = Some(pair.host.clone());
+                    self.pending.push((op.to_string(), host, query));
                 }
                 Op::Configure {
                     ifname,
@@ -375,7 +418,7 @@ impl<'a> Applier<'a> {
     }
 
     fn push(&mut self, op: &Op, query: Query) {
-        self.pending.push((op.to_string(), query));
+        self.pending.push((op.to_string(), None, query));
     }
 
     fn push_missing(&mut self, op: &Op, query: Query) {
@@ -387,19 +430,35 @@ impl<'a> Applier<'a> {
     }
 
     fn flush(&mut self) -> Result<(), KernelError> {
-        let (ops, queries): (Vec<String>, Vec<Query>) =
-            std::mem::take(&mut self.pending).into_iter().unzip();
-        for (op, verdict) in ops.into_iter().zip(self.rtnl.batch(&queries)?) {
-            match verdict {
-                Ok(Some(link)) => {
+        let mut ops = Vec::new();
+        let mut queries = Vec::new();
+        for (op, makes, query) in std::mem::take(&mut self.pending) {
+            ops.push((op, makes));
+            queries.push(query);
+        }
+        let mut stands = None;
+        let mut refused = None;
+        for ((op, makes), verdict) in ops.into_iter().zip(self.rtnl.batch(&queries)?) {
+            match (verdict, makes) {
+                // EEXIST is told of a name in the pod too.
+                (Err(e), Some(host))
+                    if e.kind() == io::ErrorKind::AlreadyExists
+                        && self.rtnl.link(&host)?.is_some() =>
+                {
+                    self.others.push(host.clone());
+                    stands.get_or_insert(KernelError::Stands { ifname: host });
+                }
+                (Ok(Some(link)), _) => {
                     self.links.insert(link.name.clone(), link);
                 }
-                Ok(None) => {}
-                Err(e) if self.only_missing && e.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(source) => return Err(KernelError::Refused { op, source }),
+                (Ok(None), _) => {}
+                (Err(e), _) if self.only_missing && e.kind() == io::ErrorKind::AlreadyExists => {}
+                (Err(source), _) => {
+                    refused.get_or_insert(KernelError::Refused { op, source });
+                }
             }
         }
-        Ok(())
+        stands.or(refused).map_or(Ok(()), Err)
     }
 
     /// Its index, which needs no conversation and none of the kernel's big lock. The interface was made in an earlier turn.
@@ -418,7 +477,7 @@ impl<'a> Applier<'a> {
             names.dedup();
             for name in names {
                 if !self.links.contains_key(name) {
-                    self.pending.push((op.to_string(), Query::link(name)));
+                    self.pending.push((op.to_string(), None, Query::link(name)));
                 }
             }
             self.flush()?;

@@ -10,7 +10,7 @@ use kun_cni_core::ipam::{Ipam, Key, Unforgotten};
 use kun_cni_core::leaks::Interface;
 pub use kun_cni_core::leaks::{Leak, Watch};
 use kun_cni_core::names::{self, Carries};
-use kun_cni_core::plan::{ROUTE_PROTOCOL, Undo, generation_in, key_in};
+use kun_cni_core::plan::{ROUTE_PROTOCOL, generation_in, key_in};
 use kun_config::types::{PodPrefix, Slot};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
@@ -20,6 +20,9 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::kernel::{self, KernelError};
 use crate::netlink::{Link, NetlinkError, Query, Rtnl};
+
+/// One look may fall into an ADD, three in a row hardly do; the next ones are five seconds away.
+const LOOKS: usize = 3;
 
 /// RT_TABLE_LOCAL (rtnetlink(7)).
 const LOCAL_TABLE: u8 = 255;
@@ -42,29 +45,40 @@ pub struct Sight {
 }
 
 impl Sight {
-    /// Looks at the namespace of the calling thread.
+    /// Looks at the namespace of the calling thread. What is not seen is taken to be absent, so a look that something changed under
+    /// is thrown away.
     pub fn take() -> Result<Self, NetlinkError> {
         let mut rtnl = Rtnl::open()?;
+        for _ in 0..LOOKS {
+            if let Some(sight) = Self::undisturbed(&mut rtnl)? {
+                return Ok(sight);
+            }
+        }
+        Err(NetlinkError::Disturbed)
+    }
+
+    fn undisturbed(rtnl: &mut Rtnl) -> Result<Option<Self>, NetlinkError> {
         let mut sight = Self::default();
-        for link in rtnl.links()? {
+        let (links, mut whole) = rtnl.links_and_whether_all()?;
+        for link in links {
             sight.links.insert(link.index, link);
         }
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
-            rtnl.dump(RouteNetlinkMessage::GetRoute(message), |answer| {
+            whole &= rtnl.dump(RouteNetlinkMessage::GetRoute(message), |answer| {
                 if let RouteNetlinkMessage::NewRoute(route) = answer {
                     sight.route(&route);
                 }
             })?;
         }
         let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-        rtnl.dump(all, |answer| {
+        whole &= rtnl.dump(all, |answer| {
             if let RouteNetlinkMessage::NewNeighbour(neighbour) = answer {
                 sight.neighbour(&neighbour);
             }
         })?;
-        Ok(sight)
+        Ok(whole.then_some(sight))
     }
 
     fn route(&mut self, route: &RouteMessage) {
@@ -229,9 +243,11 @@ fn slot_of(address: IpAddr, prefix: PodPrefix) -> Option<Slot> {
     }
 }
 
-/// Removes a leaked interface, if it is the very one that was seen: same index, same tag.
+/// Removes a leaked interface, if it is the very one that was seen: same index, same tag. By its index, which no other gets: its name
+/// may be another's by the time that the kernel comes to it.
 pub fn reclaim(index: u32, name: &str, key: &Key, generation: u64) -> Result<(), KernelError> {
-    let found = Rtnl::open()?.link_by_index(index)?;
+    let mut rtnl = Rtnl::open()?;
+    let found = rtnl.link_by_index(index)?;
     let same = found.is_some_and(|link| {
         link.name == name
             && link.alias.as_deref().and_then(|a| generation_in(a, key)) == Some(generation)
@@ -239,9 +255,5 @@ pub fn reclaim(index: u32, name: &str, key: &Key, generation: u64) -> Result<(),
     if !same {
         return Ok(());
     }
-    let undo = Undo::RemoveLink {
-        host: name.to_owned(),
-    };
-    let mut failed = kernel::revert(&[undo], key).failed;
-    failed.pop().map_or(Ok(()), Err)
+    kernel::remove(&mut rtnl, index, name)
 }

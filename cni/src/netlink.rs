@@ -11,7 +11,8 @@ use std::time::Duration;
 use ipnet::IpNet;
 use kun_cni_core::plan::Ipv6Setting;
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
@@ -49,6 +50,11 @@ pub enum NetlinkError {
     /// The answer.
     #[error("rtnetlink answer: {0}")]
     Decode(#[from] netlink_packet_core::DecodeError),
+    /// Read again and again, and never whole.
+    #[error(
+        "rtnetlink dump: interfaces, routes or neighbours changed each time while they were read"
+    )]
+    Disturbed,
     /// More than anybody has.
     #[error("rtnetlink dump: more than {MAX_DUMP} messages")]
     TooMany,
@@ -233,19 +239,24 @@ impl Rtnl {
         })
     }
 
-    /// Every interface.
+    /// Every interface; one that comes or goes meanwhile may hide another.
     pub fn links(&mut self) -> Result<Vec<Link>, NetlinkError> {
+        Ok(self.links_and_whether_all()?.0)
+    }
+
+    /// Every interface, and whether none can be missing.
+    pub(crate) fn links_and_whether_all(&mut self) -> Result<(Vec<Link>, bool), NetlinkError> {
         let mut message = LinkMessage::default();
         message
             .attributes
             .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
         let mut links = Vec::new();
-        self.dump(RouteNetlinkMessage::GetLink(message), |answer| {
+        let all = self.dump(RouteNetlinkMessage::GetLink(message), |answer| {
             if let RouteNetlinkMessage::NewLink(link) = answer {
                 links.push(Link::of(&link));
             }
         })?;
-        Ok(links)
+        Ok((links, all))
     }
 
     /// The addresses on an interface.
@@ -367,12 +378,13 @@ impl Rtnl {
         Ok(answer.unwrap_or_else(|| Err(io::ErrorKind::UnexpectedEof.into())))
     }
 
-    /// Hands on what there is, message by message: all of a node's interfaces in one place would be tens of megabytes.
+    /// Hands on what there is, message by message: all of a node's interfaces in one place would be tens of megabytes. Gives whether
+    /// nothing changed meanwhile; else something that was there all the time may be missing (`NLM_F_DUMP_INTR`).
     pub(crate) fn dump(
         &mut self,
         message: RouteNetlinkMessage,
         mut take: impl FnMut(RouteNetlinkMessage),
-    ) -> Result<(), NetlinkError> {
+    ) -> Result<bool, NetlinkError> {
         let mut bytes = Vec::new();
         let query = Query {
             message,
@@ -384,6 +396,7 @@ impl Rtnl {
         self.socket.send(&bytes, 0)?;
         let mut taken = 0;
         let mut end = None;
+        let mut undisturbed = true;
         while end.is_none() {
             if taken > MAX_DUMP {
                 return Err(NetlinkError::TooMany);
@@ -392,18 +405,25 @@ impl Rtnl {
                 if header.sequence_number != sequence {
                     return;
                 }
+                undisturbed &= header.flags & NLM_F_DUMP_INTR == 0;
                 match payload {
                     NetlinkPayload::InnerMessage(message) => {
                         taken += 1;
                         take(message);
                     }
-                    NetlinkPayload::Done(_) => end = Some(Ok(())),
+                    NetlinkPayload::Done(done) if done.code == 0 => end = Some(Ok(())),
+                    NetlinkPayload::Done(done) => {
+                        end = Some(Err(io::Error::from_raw_os_error(
+                            done.code.saturating_neg(),
+                        )));
+                    }
                     NetlinkPayload::Error(e) => end = Some(Err(e.to_io())),
                     _ => {}
                 }
             })?;
         }
-        Ok(end.unwrap_or(Ok(()))?)
+        end.unwrap_or(Ok(()))?;
+        Ok(undisturbed)
     }
 
     fn emit(&mut self, query: &Query, more_flags: u16, bytes: &mut Vec<u8>) {

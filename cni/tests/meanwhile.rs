@@ -177,3 +177,40 @@ fn the_pairs_are_those_of_the_slot_whatever_was_made_before() {
         assert_eq!(links_of(&pod), "");
     }
 }
+
+/// Two ADDs of one attachment into two namespaces, as a runtime that was restarted may have them: the one that comes second to the
+/// node's names fails, and takes neither the first one's interfaces nor its slot.
+#[test]
+fn of_two_adds_at_once_the_second_leaves_the_first_alone() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    let (pod, other) = (Pod::new("c1", true), Pod::new("c1", true));
+    let listener = UnixListener::bind(node.parsed().agent.socket).unwrap();
+    let service = node.service();
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| node.add(&pod).unwrap());
+        let (waiting, _) = listener.accept().unwrap();
+        let allocate = next(&waiting).expect("it asks for a slot");
+        await_unfinished(&node, 2);
+
+        let second = scope.spawn(|| node.add(&other).unwrap_err());
+        serve(&listener.accept().unwrap().0, &service);
+        let error = second.join().unwrap();
+        let details = error["details"].as_str().unwrap();
+        assert!(
+            details.contains("the attachment stands already"),
+            "{details}"
+        );
+        await_unfinished(&node, 2);
+
+        tell(&waiting, &service.handle(&allocate, clock::now()));
+        serve(&waiting, &service);
+        let result = first.join().unwrap();
+        assert_eq!(result["interfaces"].as_array().unwrap().len(), 4);
+    });
+    assert_eq!(links_of(&pod).lines().count(), 2);
+    assert_eq!(links_of(&other), "");
+    assert_eq!(allocated(&service), 1);
+}

@@ -125,6 +125,25 @@ fn a_second_add_into_another_namespace_fails_and_the_first_pod_lives_on() {
     assert_eq!(node.service().live(kun_cni::clock::now()).unwrap().len(), 1);
 }
 
+/// `ipam.interfaces` may change while pods live.
+#[test]
+fn check_looks_for_the_layout_in_which_add_made_the_pod() {
+    if !require_root() {
+        return;
+    }
+    for (before, after) in [("split", "shared"), ("shared", "split")] {
+        let node = Node::new(before);
+        let pod = Pod::new("c1", true);
+        let result = node.add(&pod).unwrap();
+        let text = std::fs::read_to_string(&node.config).unwrap();
+        let [old, new] = [before, after].map(|layout| format!("interfaces: {layout}"));
+        std::fs::write(&node.config, text.replace(&old, &new)).unwrap();
+        node.check(&pod, &result).unwrap();
+        node.del(&pod).unwrap();
+        assert_eq!(node.leavings(), "");
+    }
+}
+
 #[test]
 fn del_repeats_and_outlives_the_namespace() {
     if !require_root() {

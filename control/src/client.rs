@@ -28,6 +28,12 @@ pub enum ClientError {
         /// The system's word.
         source: io::Error,
     },
+    /// It listens and does not answer.
+    #[error("{}: the agent has not answered for {ANSWER_WITHIN:?}; what it does instead stands in its log", socket.display())]
+    Silent {
+        /// The socket.
+        socket: PathBuf,
+    },
     /// The conversation broke off.
     #[error("the agent broke off: {0}")]
     Broken(#[from] io::Error),
@@ -42,6 +48,7 @@ pub enum ClientError {
 /// A connection to the agent.
 #[derive(Debug)]
 pub struct Client {
+    socket: PathBuf,
     stream: BufReader<UnixStream>,
 }
 
@@ -55,6 +62,7 @@ impl Client {
         stream.set_read_timeout(Some(ANSWER_WITHIN))?;
         stream.set_write_timeout(Some(ANSWER_WITHIN))?;
         Ok(Self {
+            socket: socket.to_owned(),
             stream: BufReader::new(stream),
         })
     }
@@ -75,9 +83,17 @@ impl Client {
         self.stream.get_mut().write_all(&line)?;
         meanwhile();
         let mut answer = Vec::new();
-        (&mut self.stream)
+        let read = (&mut self.stream)
             .take(MAX_LINE as u64 + 1)
-            .read_until(b'\n', &mut answer)?;
+            .read_until(b'\n', &mut answer);
+        match read {
+            // SO_RCVTIMEO.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                let socket = self.socket.clone();
+                return Err(ClientError::Silent { socket });
+            }
+            read => read?,
+        };
         if answer.len() > MAX_LINE {
             return Err(ClientError::TooLong);
         }

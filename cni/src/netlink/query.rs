@@ -135,6 +135,17 @@ impl Query {
         }
     }
 
+    /// Removes the interface of this index, and with it its peer.
+    pub fn remove(index: u32) -> Self {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        Self {
+            message: RouteNetlinkMessage::DelLink(message),
+            flags: 0,
+            asks: false,
+        }
+    }
+
     /// Removes the interfaces of a group, and with them their peers, addresses, routes and neighbours. All at once: most of the
     /// time is spent waiting until no processor looks at them any more.
     pub fn remove_group(group: u32) -> Self {
