@@ -278,7 +278,18 @@ impl Lab {
                         .iter()
                         .any(|f| f.name == name && f.ok && !f.value.is_empty())
                 };
-                (good(&status.ipam, "blocks") && good(&status.ipam, "watermark")).then_some(())
+                let watermark = good(&status.ipam, "watermark");
+                // The dual block: one of the other class may be there before it.
+                let dual = lab.get(&["ipamblocks"])["items"]
+                    .as_array()?
+                    .iter()
+                    .any(|b| {
+                        let first = b["spec"]["first"].as_str();
+                        b["spec"]["node"] == node.name
+                            && first.is_some_and(|a| a.starts_with("10."))
+                            && b["status"]["phase"] == "Confirmed"
+                    });
+                (watermark && dual && good(&status.ipam, "blocks")).then_some(())
             })
             .unwrap_or_else(|e| {
                 panic!(
