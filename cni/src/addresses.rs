@@ -5,7 +5,7 @@ use kun_cni_core::spec::{Attachment, Code, Failure, NetworkConfig, Success, Wish
 use kun_config::Config;
 use kun_control::{Allocation, AttachmentKey, PodRef, Request, Response, SlotRange, Unavailable};
 
-use crate::allocator::Allocator;
+use crate::allocator::{Allocator, Meanwhile};
 use crate::ipam::core_key;
 use crate::spool::{Entry, Spool};
 
@@ -28,16 +28,15 @@ fn pod(attachment: &Attachment) -> PodRef {
     }
 }
 
-/// A durable slot as wished for. `delegated`: another plugin makes the interfaces. `meanwhile` runs while an agent makes the slot
-/// durable, if one is asked.
+/// A durable slot as wished for. `meanwhile`: what is done with the interfaces while an agent makes it durable; `None`: another
+/// plugin makes them.
 pub(crate) fn allocate(
     allocator: &mut Allocator,
     attachment: &Attachment,
     network: &NetworkConfig,
     wishes: &Wishes,
     config: &Config,
-    delegated: bool,
-    meanwhile: impl FnOnce(),
+    meanwhile: Option<Meanwhile<'_>>,
 ) -> Result<Allocation, Failure> {
     let (class, wanted) = wanted(wishes, config.ipam.pod_prefix)?;
     let (slot, within) = match wanted {
@@ -57,7 +56,7 @@ pub(crate) fn allocate(
         class,
         slot,
         within,
-        delegated,
+        delegated: meanwhile.is_none(),
     };
     let (response, not_gathered) = allocator.ask_for_slot(&request, config, meanwhile)?;
     let failure = match response {
@@ -161,7 +160,7 @@ pub(crate) fn status(config: &Config) -> Result<(), Failure> {
     let not_available = |what: String| Failure::new(Code::NotAvailable, what);
     let request = Request::Capacity { class: None };
     let (response, not_gathered) = Allocator::open(config)
-        .and_then(|mut allocator| allocator.ask_for_slot(&request, config, || {}))
+        .and_then(|mut allocator| allocator.ask_for_slot(&request, config, None))
         .map_err(|e| not_available(e.to_string()))?;
     match response {
         Response::Capacity { free: 1.., .. } => Ok(()),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kun_cni_core::spec::{Code, Failure};
 use kun_config::Config;
+use kun_config::types::SlotClass;
 use kun_control::{Client, ClientError, Request, Response, Unavailable};
 
 use crate::alone;
@@ -15,6 +16,9 @@ use crate::store::StoreError;
 /// How long a plugin alone waits for others that have the store: a hundred at once need a second or two, on a machine that does
 /// much else many times that. Runtimes give up after minutes.
 const STORE_WITHIN: Duration = Duration::from_secs(30);
+
+/// What is done while an agent makes a slot durable: called once the class is known, and before if that has to be asked for.
+pub(crate) type Meanwhile<'a> = &'a mut dyn FnMut(Option<SlotClass>);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -69,15 +73,15 @@ impl Allocator {
     /// [`Allocator::ask`] for a slot. Alone, one that cannot be had for want of a block or of evidence is asked for again once the
     /// listed blocks were taken and the evidence was gathered; an agent does so by itself. The second part: why that could not be done.
     ///
-    /// `meanwhile` runs while an agent makes the slot durable. Alone it does not run: others wait for the store.
+    /// Alone there is no meanwhile: others wait for the store.
     pub(crate) fn ask_for_slot(
         &mut self,
         request: &Request,
         config: &Config,
-        meanwhile: impl FnOnce(),
+        meanwhile: Option<Meanwhile<'_>>,
     ) -> Result<(Response, Option<String>), AllocatorError> {
         let mut answer = match self {
-            Self::Agent(client) => client.ask_meanwhile(request, meanwhile)?,
+            Self::Agent(client) => ask_meanwhile(client, request, meanwhile)?,
             Self::Alone(service) => service.handle(request, clock::now()),
         };
         if let Self::Alone(service) = self
@@ -96,6 +100,35 @@ impl Allocator {
         match alone::gather(service, config, clock::now()) {
             Ok(()) => Ok((self.ask(request)?, None)),
             Err(error) => Ok((answer, Some(error.to_string()))),
+        }
+    }
+}
+
+/// Asks for a slot and, where the pod does not say its class, in the same breath for that: an agent knows it at once, while the slot
+/// has to be made durable. One of an earlier version knows no such question; then it is learnt with the slot.
+fn ask_meanwhile(
+    client: &mut Client,
+    request: &Request,
+    meanwhile: Option<Meanwhile<'_>>,
+) -> Result<Response, ClientError> {
+    let Request::Allocate { class, pod, .. } = request else {
+        return client.ask(request);
+    };
+    match (meanwhile, class) {
+        (None, _) => client.ask(request),
+        (Some(meanwhile), Some(class)) => {
+            client.send(&[request])?;
+            meanwhile(Some(*class));
+            client.receive()
+        }
+        (Some(meanwhile), None) => {
+            let namespace = pod.namespace.clone();
+            client.send(&[&Request::Class { namespace }, request])?;
+            meanwhile(None);
+            if let Response::Class { class } = client.receive()? {
+                meanwhile(Some(class));
+            }
+            client.receive()
         }
     }
 }

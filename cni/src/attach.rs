@@ -1,15 +1,13 @@
 //! The verbs of the main plugin: interfaces and addresses.
 //!
 //! ADD: slot (durable), kernel, agent's programs, result; whatever fails, everything before is undone in reverse. While an agent
-//! makes the slot durable the pairs are made already: they need no address, and the two take as long as one another. DEL: kernel,
+//! makes the slot durable, what needs no address is made already: the two take as long as one another. DEL: kernel,
 //! then slot; the slot is never released while an interface may still carry its address.
 
 use std::path::Path;
 
-use kun_cni_core::choice::wanted;
-use kun_cni_core::ipam::Key;
 use kun_cni_core::names::{self, Carries};
-use kun_cni_core::plan::{self, Draft, Facts, Op, Pair, Side, Undo};
+use kun_cni_core::plan::{self, Draft, Facts, Op, Side};
 use kun_cni_core::spec::{self, Attachment, Code, Failure, NetworkConfig, Success, Wishes};
 use kun_config::types::SlotClass;
 use kun_config::{Config, Interfaces};
@@ -20,6 +18,7 @@ use kun_control::{
 
 use crate::addresses::{self, key, release, unexpected};
 use crate::allocator::Allocator;
+use crate::early::Early;
 use crate::ipam::core_key;
 use crate::kernel::{self, Kernel, KernelError};
 use crate::netns::Netns;
@@ -40,11 +39,10 @@ pub(crate) fn add(
     };
     // Before the slot: a second ADD of a live attachment must not release its slot when it fails.
     let mut kernel = Kernel::open(&netns)?;
-    let (class, _) = wanted(&wishes, config.ipam.pod_prefix)?;
     let draft = Draft {
         key: core_key(&key),
-        // Where the pod does not say, the agent knows its namespace and its pools; the IPv6 pair is made in any case.
-        class: class.unwrap_or(SlotClass::V6Only),
+        // Both pairs of a dual one have their names looked for, whether it will be one or not.
+        class: SlotClass::Dual,
         interfaces: config.ipam.interfaces,
         mtu,
         mac: wishes.mac,
@@ -57,20 +55,18 @@ pub(crate) fn add(
     if let (Allocator::Alone(_), true) = (&allocator, wishes.needs_agent()) {
         return Err(without_agent(&wishes, config));
     }
-    let mut undo = Vec::new();
-    let mut begun = None;
+    let mut early = Early::new(kernel, draft, local_ports(config));
     let allocation = addresses::allocate(
         &mut allocator,
         attachment,
         network,
         &wishes,
         config,
-        false,
-        || begun = Some(kernel.apply(&plan::begin(&pairs, mtu), &mut undo)),
+        Some(&mut |class| early.make(class)),
     );
     let allocation = match allocation {
         Ok(allocation) => allocation,
-        Err(failure) => return Err(failure.also(&removed(&undo, &draft.key))),
+        Err(failure) => return Err(failure.also(&early.undo())),
     };
     // Alone, the store is closed at once: others wait for it.
     let agent = match allocator {
@@ -78,19 +74,16 @@ pub(crate) fn add(
         Allocator::Alone(_) => None,
     };
     let facts = facts(&allocation, &wishes, config, mtu);
-    let made = begun
-        .unwrap_or_else(|| kernel.apply(&plan::begin(&pairs, mtu), &mut undo))
-        .and_then(|()| as_told(&mut kernel, &facts, &pairs, &mut undo))
-        .and_then(|()| kernel.apply(&plan::finish(&facts), &mut undo));
-    if let Err(stands @ KernelError::Stands { .. }) = made {
+    let made = match early.finish(&facts) {
         // Another ADD of this attachment is at work, or left this to DEL: the slot is its.
-        return Err(Failure::from(stands).also(&removed(&undo, &facts.key)));
-    }
-    let made = made
-        .map_err(Failure::from)
-        .and_then(|()| attached(agent, &facts, &key, &wishes, config));
+        Err(stands @ KernelError::Stands { .. }) => {
+            return Err(Failure::from(stands).also(&early.undo()));
+        }
+        made => made.map_err(Failure::from),
+    };
+    let made = made.and_then(|()| attached(agent, &facts, &key, &wishes, config));
     if let Err(failure) = made {
-        return Err(failure.also(&give_up(&key, &allocation, &undo, config)));
+        return Err(failure.also(&give_up(&key, &allocation, &early, config)));
     }
     let mut success = plan::result(&facts, &netns_path.to_string_lossy());
     success.dns = wishes.dns.clone().unwrap_or_default();
@@ -103,32 +96,6 @@ pub(crate) fn add(
         all.dns = dns;
     }
     Ok(all)
-}
-
-/// Makes the pairs that the slot needs beyond those that were made, and removes those that it does not need: an attachment that
-/// has a slot already keeps it, and that may be without IPv4.
-fn as_told(
-    kernel: &mut Kernel<'_>,
-    facts: &Facts,
-    made: &[Pair],
-    undo: &mut Vec<Undo>,
-) -> Result<(), KernelError> {
-    let draft = facts.draft();
-    let wanted = draft.pairs();
-    let among = |pairs: &[Pair], pair: &Pair| pairs.iter().any(|other| other.host == pair.host);
-    let (mut missing, mut surplus) = (wanted.clone(), made.to_vec());
-    missing.retain(|pair| !among(made, pair));
-    surplus.retain(|pair| !among(&wanted, pair));
-    kernel.apply(&plan::begin(&missing, facts.mtu), undo)?;
-    let surplus: Vec<Undo> = surplus
-        .into_iter()
-        .map(|pair| Undo::RemoveLink { host: pair.host })
-        .collect();
-    if surplus.is_empty() {
-        return Ok(());
-    }
-    let mut failed = kernel::revert(&surplus, &facts.key).failed;
-    failed.pop().map_or(Ok(()), Err)
 }
 
 /// What no program translates is refused at once and for good: trying again changes nothing.
@@ -259,10 +226,10 @@ fn traffic(wishes: &Wishes) -> Traffic {
 fn give_up(
     key: &AttachmentKey,
     allocation: &Allocation,
-    undo: &[Undo],
+    early: &Early<'_>,
     config: &Config,
 ) -> Vec<String> {
-    let failed = removed(undo, &core_key(key));
+    let failed = early.undo();
     if !failed.is_empty() {
         return failed;
     }
@@ -271,15 +238,6 @@ fn give_up(
         .map(|failure| failure.details)
         .into_iter()
         .collect()
-}
-
-/// Removes the interfaces; gives what could not be.
-fn removed(undo: &[Undo], key: &Key) -> Vec<String> {
-    if undo.is_empty() {
-        return Vec::new();
-    }
-    let failed = kernel::revert(undo, key).failed;
-    failed.iter().map(ToString::to_string).collect()
 }
 
 pub(crate) fn del(key: &AttachmentKey, config: &Config) -> Result<(), Failure> {
@@ -369,9 +327,6 @@ fn changed_macs(facts: &Facts, previous: &Success, netns: &str) -> Vec<String> {
 
 /// What ADD makes of an allocation.
 pub(crate) fn facts(allocation: &Allocation, wishes: &Wishes, config: &Config, mtu: u32) -> Facts {
-    let base = config.nat64.local_port_base;
-    let ports = (1_u32 << config.nat64.port_block_bits) - 1;
-    let last = u16::try_from(u32::from(base) + ports).unwrap_or(u16::MAX);
     Facts {
         key: core_key(&allocation.key),
         generation: allocation.generation,
@@ -380,6 +335,14 @@ pub(crate) fn facts(allocation: &Allocation, wishes: &Wishes, config: &Config, m
         interfaces: config.ipam.interfaces,
         mtu,
         mac: wishes.mac,
-        local_ports: (base, last),
+        local_ports: local_ports(config),
     }
+}
+
+/// First and last of the ports that a pod's connections come from.
+fn local_ports(config: &Config) -> (u16, u16) {
+    let base = config.nat64.local_port_base;
+    let ports = (1_u32 << config.nat64.port_block_bits) - 1;
+    let last = u16::try_from(u32::from(base) + ports).unwrap_or(u16::MAX);
+    (base, last)
 }

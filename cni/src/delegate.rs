@@ -30,15 +30,8 @@ pub(crate) fn add(
     let wishes = network.wishes(&attachment.args)?;
     let mut allocator = Allocator::open(config)?;
     for _ in 0..MAX_ENDS {
-        let allocation = addresses::allocate(
-            &mut allocator,
-            attachment,
-            network,
-            &wishes,
-            config,
-            true,
-            || {},
-        )?;
+        let allocation =
+            addresses::allocate(&mut allocator, attachment, network, &wishes, config, None)?;
         if !is_end(allocation.slot) {
             let mut success = result(&allocation, options, config.ipam.pod_prefix);
             success.dns = wishes.dns.unwrap_or_default();

@@ -181,6 +181,9 @@ impl IpamService {
                 self.respond(Command::Release { key, generation }, now)
             }
             Request::Attached { .. } | Request::Verify { .. } => Response::Done,
+            Request::Class { .. } => Response::Class {
+                class: self.default_class,
+            },
             Request::Capacity { class } => {
                 match self.counts(class.unwrap_or(self.default_class), now) {
                     Ok((allocated, cooling, free)) => Response::Capacity {

@@ -12,6 +12,7 @@ mod attach;
 pub mod clock;
 mod delegate;
 pub mod disk;
+mod early;
 pub mod install;
 pub mod ipam;
 pub mod keeper;

@@ -66,6 +66,7 @@ fn allocated(node: &Node, pod: &Pod) -> Facts {
 
 fn steps_of_add(facts: &Facts) -> Vec<Op> {
     let mut ops = plan::begin(&facts.draft().pairs(), facts.mtu);
+    ops.extend(plan::link(&facts.pairs(), facts.local_ports));
     ops.extend(plan::finish(facts));
     ops
 }

@@ -20,21 +20,30 @@ use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// The next request that comes on a connection.
-fn next(stream: &UnixStream) -> Option<Request> {
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).unwrap();
-    (!line.is_empty()).then(|| serde_json::from_str(&line).unwrap())
-}
+/// An agent's end of a connection.
+struct Connection(BufReader<UnixStream>);
 
-fn tell(mut stream: &UnixStream, response: &Response) {
-    writeln!(stream, "{}", serde_json::to_string(response).unwrap()).unwrap();
-}
+impl Connection {
+    fn accept(listener: &UnixListener) -> Self {
+        Self(BufReader::new(listener.accept().unwrap().0))
+    }
 
-/// Answers out of the service until the other end hangs up.
-fn serve(stream: &UnixStream, service: &IpamService) {
-    while let Some(request) = next(stream) {
-        tell(stream, &service.handle(&request, clock::now()));
+    fn next(&mut self) -> Option<Request> {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        (!line.is_empty()).then(|| serde_json::from_str(&line).unwrap())
+    }
+
+    fn tell(&mut self, response: &Response) {
+        let line = serde_json::to_string(response).unwrap();
+        writeln!(self.0.get_mut(), "{line}").unwrap();
+    }
+
+    /// Answers out of the service until the other end hangs up.
+    fn serve(&mut self, service: &IpamService) {
+        while let Some(request) = self.next() {
+            self.tell(&service.handle(&request, clock::now()));
+        }
     }
 }
 
@@ -72,11 +81,11 @@ fn a_refused_slot_leaves_no_interface() {
     let listener = UnixListener::bind(node.parsed().agent.socket).unwrap();
     let error = std::thread::scope(|scope| {
         let adding = scope.spawn(|| node.add(&pod).unwrap_err());
-        let (stream, _) = listener.accept().unwrap();
-        assert!(matches!(next(&stream), Some(Request::Allocate { .. })));
+        let mut asking = Connection::accept(&listener);
+        assert!(matches!(asking.next(), Some(Request::Allocate { .. })));
         await_unfinished(&node, 2);
         let message = "no slot today".to_owned();
-        tell(&stream, &Response::Failed { message });
+        asking.tell(&Response::Failed { message });
         adding.join().unwrap()
     });
     assert_eq!(error["details"], "no slot today");
@@ -99,8 +108,8 @@ fn killed_while_it_waits_del_removes_the_pairs_and_releases_the_slot() {
     let mut command = node.command(&vars, pod.network(&node).to_string().as_bytes());
     command.stdout(Stdio::null());
     let mut adding = node.netns.run(|| command.spawn().unwrap());
-    let (stream, _) = listener.accept().unwrap();
-    let request = next(&stream).expect("it asks for a slot");
+    let mut asking = Connection::accept(&listener);
+    let request = asking.next().expect("it asks for a slot");
     await_unfinished(&node, 2);
     adding.kill().unwrap();
     adding.wait().unwrap();
@@ -109,10 +118,10 @@ fn killed_while_it_waits_del_removes_the_pairs_and_releases_the_slot() {
         service.handle(&request, clock::now()),
         Response::Allocation { .. }
     ));
-    drop(stream);
+    drop(asking);
     std::thread::scope(|scope| {
         let deleting = scope.spawn(|| node.del(&pod).unwrap());
-        serve(&listener.accept().unwrap().0, &service);
+        Connection::accept(&listener).serve(&service);
         deleting.join().unwrap();
     });
     assert_eq!(node.leavings(), "");
@@ -126,13 +135,20 @@ fn the_pairs_are_those_of_the_slot_whatever_was_made_before() {
     if !require_root() {
         return;
     }
-    for (asked, told, before) in [
-        (None, SlotClass::Dual, 1),
-        (None, SlotClass::V6Only, 1),
-        (Some(false), SlotClass::V6Only, 1),
-        (Some(true), SlotClass::Dual, 2),
-        // One that it has since an ADD of which nobody heard the end.
-        (Some(true), SlotClass::V6Only, 2),
+    use SlotClass::{Dual, V6Only};
+    for (asked, said, told, before) in [
+        (None, Some(Dual), Dual, 2),
+        (None, Some(V6Only), V6Only, 1),
+        // An agent that does not know the question.
+        (None, None, Dual, 1),
+        (None, None, V6Only, 1),
+        // What it says changes before the slot is taken.
+        (None, Some(Dual), V6Only, 2),
+        (None, Some(V6Only), Dual, 1),
+        (Some(false), None, V6Only, 1),
+        (Some(true), None, Dual, 2),
+        // The slot is one that it has since an ADD of which nobody heard the end.
+        (Some(true), None, V6Only, 2),
     ] {
         let node = Node::new("split");
         let pod = Pod::new("c1", asked == Some(true));
@@ -147,13 +163,20 @@ fn the_pairs_are_those_of_the_slot_whatever_was_made_before() {
             std::thread::scope(|scope| {
                 let asking = scope.spawn(|| node.verb(verb, &pod, network).unwrap());
                 for _ in 0..connections {
-                    let (stream, _) = listener.accept().unwrap();
-                    while let Some(mut request) = next(&stream) {
+                    let mut connection = Connection::accept(&listener);
+                    while let Some(mut request) = connection.next() {
+                        if let Request::Class { .. } = request {
+                            let message = "what?".to_owned();
+                            connection.tell(&said.map_or(Response::Failed { message }, |class| {
+                                Response::Class { class }
+                            }));
+                            continue;
+                        }
                         if let Request::Allocate { class, .. } = &mut request {
                             *class = Some(told);
                             await_unfinished(&node, before);
                         }
-                        tell(&stream, &service.handle(&request, clock::now()));
+                        connection.tell(&service.handle(&request, clock::now()));
                     }
                 }
                 asking.join().unwrap()
@@ -164,7 +187,11 @@ fn the_pairs_are_those_of_the_slot_whatever_was_made_before() {
             SlotClass::Dual => 2,
             SlotClass::V6Only => 1,
         };
-        assert_eq!(links_of(&pod).lines().count(), pairs, "{asked:?} {told:?}");
+        assert_eq!(
+            links_of(&pod).lines().count(),
+            pairs,
+            "{asked:?} {said:?} {told:?}"
+        );
         let links = node.netns.exec("link show type veth").unwrap();
         assert_eq!(links.matches("alias kun:1:kun/c1/eth0").count(), pairs);
         assert_eq!(links.matches("alias kun:").count(), pairs);
@@ -191,12 +218,12 @@ fn of_two_adds_at_once_the_second_leaves_the_first_alone() {
     let service = node.service();
     std::thread::scope(|scope| {
         let first = scope.spawn(|| node.add(&pod).unwrap());
-        let (waiting, _) = listener.accept().unwrap();
-        let allocate = next(&waiting).expect("it asks for a slot");
+        let mut waiting = Connection::accept(&listener);
+        let allocate = waiting.next().expect("it asks for a slot");
         await_unfinished(&node, 2);
 
         let second = scope.spawn(|| node.add(&other).unwrap_err());
-        serve(&listener.accept().unwrap().0, &service);
+        Connection::accept(&listener).serve(&service);
         let error = second.join().unwrap();
         let details = error["details"].as_str().unwrap();
         assert!(
@@ -205,8 +232,8 @@ fn of_two_adds_at_once_the_second_leaves_the_first_alone() {
         );
         await_unfinished(&node, 2);
 
-        tell(&waiting, &service.handle(&allocate, clock::now()));
-        serve(&waiting, &service);
+        waiting.tell(&service.handle(&allocate, clock::now()));
+        waiting.serve(&service);
         let result = first.join().unwrap();
         assert_eq!(result["interfaces"].as_array().unwrap().len(), 4);
     });

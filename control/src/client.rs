@@ -69,19 +69,22 @@ impl Client {
 
     /// One request, one answer.
     pub fn ask(&mut self, request: &Request) -> Result<Response, ClientError> {
-        self.ask_meanwhile(request, || {})
+        self.send(&[request])?;
+        self.receive()
     }
 
-    /// [`Client::ask`], with something to do while the agent is at work.
-    pub fn ask_meanwhile(
-        &mut self,
-        request: &Request,
-        meanwhile: impl FnOnce(),
-    ) -> Result<Response, ClientError> {
-        let mut line = serde_json::to_vec(request)?;
-        line.push(b'\n');
-        self.stream.get_mut().write_all(&line)?;
-        meanwhile();
+    /// Requests whose answers are [received](Client::receive) later, in this order.
+    pub fn send(&mut self, requests: &[&Request]) -> Result<(), ClientError> {
+        let mut lines = Vec::new();
+        for request in requests {
+            serde_json::to_writer(&mut lines, request)?;
+            lines.push(b'\n');
+        }
+        Ok(self.stream.get_mut().write_all(&lines)?)
+    }
+
+    /// The answer to the first request that has none yet.
+    pub fn receive(&mut self) -> Result<Response, ClientError> {
         let mut answer = Vec::new();
         let read = (&mut self.stream)
             .take(MAX_LINE as u64 + 1)

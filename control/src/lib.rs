@@ -178,6 +178,11 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         delegated: bool,
     },
+    /// Which slots the pods of a namespace get that do not say.
+    Class {
+        /// The namespace; empty where the runtime told none.
+        namespace: String,
+    },
     /// CNI ADD, second half: the interfaces stand; the agent attaches its programs and routes before it answers.
     Attached {
         /// Whose.
@@ -258,6 +263,11 @@ pub enum Response {
     NotAsExpected {
         /// One line each.
         missing: Vec<String>,
+    },
+    /// Class.
+    Class {
+        /// The class.
+        class: SlotClass,
     },
     /// Capacity.
     Capacity {

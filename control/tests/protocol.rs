@@ -109,6 +109,12 @@ fn requests() {
         &format!(r#"{{"op":"verify","key":{KEY},"host_interfaces":[],"traffic":{TRAFFIC}}}"#),
     );
     golden(
+        &Request::Class {
+            namespace: "shop".into(),
+        },
+        r#"{"op":"class","namespace":"shop"}"#,
+    );
+    golden(
         &Request::Capacity { class: None },
         r#"{"op":"capacity","class":null}"#,
     );

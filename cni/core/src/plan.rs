@@ -437,13 +437,13 @@ pub fn begin(pairs: &[Pair], mtu: u32) -> Vec<Op> {
     ops
 }
 
-/// The rest of ADD, when the slot is durable: two turns, in the pod and on the node.
-///
-/// Each is one conversation with the kernel: what has to be known of an interface beyond its index is asked for at its end.
-pub fn finish(facts: &Facts) -> Vec<Op> {
-    let pairs = facts.pairs();
+/// The pod's ends of these pairs, up and without addresses.
+pub fn link(pairs: &[Pair], local_ports: (u16, u16)) -> Vec<Op> {
+    let (first, last) = local_ports;
     let mut ops = Vec::new();
-    let (first, last) = facts.local_ports;
+    if pairs.is_empty() {
+        return ops;
+    }
     ops.push(Op::Sysctl {
         side: Side::Pod,
         path: "ipv4/ip_local_port_range".to_owned(),
@@ -456,13 +456,16 @@ pub fn finish(facts: &Facts) -> Vec<Op> {
         path: "ipv4/tcp_tw_reuse".to_owned(),
         value: "1".to_owned(),
     });
-    for pair in &pairs {
-        ops.extend(pod_link_ops(pair));
-    }
-    for pair in &pairs {
-        ops.extend(pod_address_ops(pair));
-    }
+    ops.extend(pairs.iter().flat_map(pod_link_ops));
+    ops
+}
 
+/// The rest of ADD, when the slot is durable: two turns, in the pod and on the node.
+///
+/// Each is one conversation with the kernel: what has to be known of an interface beyond its index is asked for at its end.
+pub fn finish(facts: &Facts) -> Vec<Op> {
+    let pairs = facts.pairs();
+    let mut ops: Vec<Op> = pairs.iter().flat_map(pod_address_ops).collect();
     // Before the first route: an interface that routes lead to tells whose they are.
     for pair in &pairs {
         ops.push(Op::Configure {
@@ -492,7 +495,9 @@ pub fn standing(facts: &Facts) -> Vec<Op> {
         pair,
         mtu: facts.mtu,
     });
-    made.chain(finish(facts)).collect()
+    made.chain(link(&facts.pairs(), facts.local_ports))
+        .chain(finish(facts))
+        .collect()
 }
 
 /// What the going down of this host-side interface takes away.

@@ -73,6 +73,10 @@ impl Answers {
                 port,
             } => self.why(protocol, *source, *destination, *port),
             Request::Allocate { .. } => self.allocate(request),
+            Request::Class { namespace } => match self.class(namespace) {
+                Some(class) => Response::Class { class },
+                None => self.ipam.handle(request, clock::now()),
+            },
             Request::Lookup { .. } => self.ipam.handle(request, clock::now()),
             Request::Capacity { class } => {
                 let class = class.or_else(|| self.class(""));
