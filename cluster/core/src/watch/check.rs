@@ -158,6 +158,12 @@ impl Watch {
         self.check.probe = Some(now + wait);
     }
 
+    pub(super) fn abort_probe(&mut self, cx: &mut Context<'_>) {
+        if let Some(asked) = self.check.asked.take_if(|asked| asked.probe) {
+            cx.actions.push(Action::Abort(asked.exchange));
+        }
+    }
+
     /// From now, a period later.
     pub(super) fn check_later(&mut self, now: Duration) {
         self.check.asked = None;

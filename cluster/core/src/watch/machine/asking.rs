@@ -13,13 +13,15 @@ const MAX_UNPROVEN: usize = 4;
 
 impl Watch {
     /// A stream that is over goes on in another one: what was known when it ended has to be proven to be of the same history.
-    fn resumes(&mut self) {
-        let Some(from) = self.version.as_deref().and_then(number) else {
-            return;
-        };
+    fn resumes(&mut self, cx: &mut Context<'_>) {
         if !self.lost {
             return;
         }
+        // What was asked before this loss is about the stream before it.
+        self.abort_probe(cx);
+        let Some(from) = self.version.as_deref().and_then(number) else {
+            return;
+        };
         let newest = self.known.newest();
         if self.revisions && newest.is_none_or(|newest| newest.listed || newest.is_deletion()) {
             // Nothing has the last change that could be asked for.
@@ -53,7 +55,7 @@ impl Watch {
 
     /// Sends the request that is next.
     pub(super) fn ask(&mut self, cx: &mut Context<'_>) {
-        self.resumes();
+        self.resumes(cx);
         let purpose = match &self.version {
             Some(_) => Purpose::Watch,
             None if self.streams(cx.now) && self.next_page.is_none() => Purpose::Stream,
