@@ -8,8 +8,9 @@ use crate::watch::known::number;
 use crate::watch::split::Lines;
 use crate::watch::{Action, Context, Exchange, Lane, PAGE, Request};
 
-/// Streams in a row that were over before they were proven: after this everything is listed.
-const MAX_UNPROVEN: usize = 4;
+/// Streams in a row that were over before they were proven; each costs a probe later. A proxy that cuts every stream as soon as it stands
+/// does so within seconds, and then everything is listed.
+const MAX_UNPROVEN: usize = 16;
 
 impl Watch {
     /// A stream that is over goes on in another one: what was known when it ended has to be proven to be of the same history.
