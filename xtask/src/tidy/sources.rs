@@ -21,6 +21,10 @@ const LONG: &[(&str, &str)] = &[
         "cni/core/tests/ipam_oracle.rs",
         "a second reading of every rule, as naive as can be, beside the histories that compare the two",
     ),
+    (
+        "cluster/core/tests/watch_sim.rs",
+        "one simulated cluster, the properties that it keeps, and the histories that once broke them",
+    ),
     ("ebpf/loader/tests/nat64_cases.rs", "a table of packets"),
     (
         "ebpf/loader/tests/packets.rs",
