@@ -125,10 +125,17 @@ fn ask_meanwhile(
             let namespace = pod.namespace.clone();
             client.send(&[&Request::Class { namespace }, request])?;
             meanwhile(None);
-            if let Response::Class { class } = client.receive()? {
+            let first = client.receive()?;
+            if let Response::Class { class } = first {
                 meanwhile(Some(class));
             }
-            client.receive()
+            match client.receive() {
+                // It had one word for both, and hung up.
+                Err(ClientError::Broken(_)) if matches!(first, Response::Failed { .. }) => {
+                    Ok(first)
+                }
+                answer => answer,
+            }
         }
     }
 }

@@ -134,7 +134,7 @@ impl IpamService {
         Ok(service)
     }
 
-    /// Answers `Allocate`, `Attached`, `Verify`, `Release`, `Lookup`, `Capacity` and `Ipam`, durably where something changed; blocks for one flush.
+    /// Answers `Allocate`, `Class`, `Attached`, `Verify`, `Release`, `Lookup`, `Capacity` and `Ipam`, durably where something changed; blocks for one flush.
     /// `Attached` and `Verify` are only acknowledged: programs and routes are the agent's.
     pub fn handle(&self, request: &Request, now: BootTime) -> Response {
         match request {

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use kun_cni_core::names::{Carries, host_name};
 use kun_cni_core::plan::{self, Facts};
 use kun_cni_core::spec::Wishes;
+use kun_cni_core::tag;
 use kun_config::{Config, Interfaces};
 use kun_control::{AttachmentKey, Request, Response};
 
@@ -120,7 +121,7 @@ impl Keeper {
     }
 
     fn see_carrier(&mut self, link: &Link) {
-        if !link.running || link.alias.as_deref().and_then(plan::key_in).is_none() {
+        if !link.running || link.alias.as_deref().and_then(tag::key_in).is_none() {
             return;
         }
         let now = link.carrier_losses;
@@ -158,8 +159,8 @@ impl Keeper {
     /// Only what is tagged as ours and what the store knows.
     fn facts(&mut self, link: &Link) -> Option<Facts> {
         let alias = link.alias.as_deref().unwrap_or_default();
-        let key = plan::key_in(alias)?;
-        let generation = plan::generation_in(alias, &key)?;
+        let key = tag::key_in(alias)?;
+        let generation = tag::generation_in(alias, &key)?;
         let lookup = Request::Lookup {
             key: AttachmentKey {
                 network: key.network,
@@ -175,7 +176,7 @@ impl Keeper {
             return None;
         }
         let wishes = Wishes {
-            mac: plan::mac_in(alias),
+            mac: tag::mac_in(alias),
             ..Wishes::default()
         };
         let mut facts = attach::facts(&allocation, &wishes, &self.config, link.mtu);

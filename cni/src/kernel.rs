@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use kun_cni_core::ipam::Key;
-use kun_cni_core::plan::{Op, Side, UNFINISHED, Undo, generation_in};
+use kun_cni_core::plan::{Op, Side, Undo};
+use kun_cni_core::tag::{UNFINISHED, generation_in};
 
 use crate::netlink::{Link, NetlinkError, Query, Rtnl};
 use crate::netns::{Netns, NetnsError};
@@ -119,7 +120,7 @@ impl<'a> Kernel<'a> {
     }
 
     /// Refuses when an interface of this name is in the pod already, or when the attachment stands in another pod. What an ADD
-    /// that had no slot yet has left is no obstacle here: making the pairs meets it, and undoing that removes it.
+    /// that had no slot yet has made is met when the pairs are: it may be at work still.
     pub fn require_absent(
         &mut self,
         key: &Key,
@@ -182,14 +183,10 @@ pub struct Removed {
 /// Removes the interface of this index; gone already is fine.
 pub fn remove(rtnl: &mut Rtnl, index: u32, ifname: &str) -> Result<(), KernelError> {
     match rtnl.batch(&[Query::remove(index)])?.pop() {
-        Some(Err(source))
-            if source.raw_os_error() != Some(rustix::io::Errno::NODEV.raw_os_error()) =>
-        {
-            Err(KernelError::Refused {
-                op: format!("remove {ifname}"),
-                source,
-            })
-        }
+        Some(Err(source)) if !is_gone(&source) => Err(KernelError::Refused {
+            op: format!("remove {ifname}"),
+            source,
+        }),
         _ => Ok(()),
     }
 }
@@ -217,6 +214,11 @@ pub fn revert(undo: &[Undo], key: &Key) -> Removed {
     removed
 }
 
+/// There is no such interface.
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error())
+}
+
 /// Interfaces of a group of this number and up are being removed: whoever is put there goes, so that it does no harm should two
 /// processes of two PID namespaces use one number.
 const GOING: u32 = 0x6b00_0000;
@@ -234,7 +236,7 @@ fn remove_links(
         let link = match found {
             Ok(Some(link)) => link,
             Ok(None) => continue,
-            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => continue,
+            Err(e) if is_gone(&e) => continue,
             // Not to be seen is not gone.
             Err(source) => {
                 removed.failed.push(KernelError::Refused {
@@ -268,7 +270,7 @@ fn remove_links(
     for verdict in rtnl.batch(&ours)? {
         match verdict {
             // The pod's namespace went away in between, and its interfaces with it.
-            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error()) => {}
+            Err(e) if is_gone(&e) => {}
             Err(source) => removed.failed.push(KernelError::Refused {
                 op: format!("remove {}", names.join(", ")),
                 source,

@@ -10,7 +10,8 @@ use kun_cni_core::ipam::{Ipam, Key, Unforgotten};
 use kun_cni_core::leaks::Interface;
 pub use kun_cni_core::leaks::{Leak, Watch};
 use kun_cni_core::names::{self, Carries};
-use kun_cni_core::plan::{ROUTE_PROTOCOL, generation_in, key_in};
+use kun_cni_core::plan::ROUTE_PROTOCOL;
+use kun_cni_core::tag::{generation_in, key_in};
 use kun_config::types::{PodPrefix, Slot};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,

@@ -544,3 +544,38 @@ fn family(address: IpAddr) -> AddressFamily {
         IpAddr::V6(_) => AddressFamily::Inet6,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A new interface while the list is told: the kernel says that something may be missing, and so does the dump.
+    #[test]
+    fn a_dump_that_something_changed_under_says_so() {
+        if !kun_harness::require_root() {
+            return;
+        }
+        let netns = kun_harness::Netns::new("dump").unwrap();
+        // More than fit into the datagrams that the kernel fills ahead.
+        for i in 0..100 {
+            netns
+                .exec(&format!("link add name a{i} type veth peer name b{i}"))
+                .unwrap();
+        }
+        let mut rtnl = netns.run(Rtnl::open).unwrap();
+        let (links, all) = rtnl.links_and_whether_all().unwrap();
+        assert!(links.len() > 200 && all, "{} {all}", links.len());
+        let mut told = 0;
+        let undisturbed = rtnl
+            .dump(RouteNetlinkMessage::GetLink(LinkMessage::default()), |_| {
+                if told == 0 {
+                    netns
+                        .exec("link add name new type veth peer name newer")
+                        .unwrap();
+                }
+                told += 1;
+            })
+            .unwrap();
+        assert!(told > 200 && !undisturbed, "{told} {undisturbed}");
+    }
+}

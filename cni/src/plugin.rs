@@ -6,10 +6,10 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use kun_cni_core::ipam::Key;
-use kun_cni_core::plan;
 use kun_cni_core::spec::{
     AttachmentId, Code, Failure, Invocation, NetworkConfig, Role, Success, Version,
 };
+use kun_cni_core::tag;
 use kun_config::Config;
 use kun_control::{AttachmentKey, Request, Response};
 use serde_json::{Value, json};
@@ -138,7 +138,7 @@ fn gc(
         Ok(links) => stale.extend(
             links
                 .iter()
-                .filter_map(|link| plan::key_in(link.alias.as_deref()?))
+                .filter_map(|link| tag::key_in(link.alias.as_deref()?))
                 .map(|key: Key| AttachmentKey {
                     network: key.network,
                     container_id: key.container_id,

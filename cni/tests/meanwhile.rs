@@ -93,6 +93,33 @@ fn a_refused_slot_leaves_no_interface() {
     assert_eq!(links_of(&pod), "");
 }
 
+/// An agent that has no room for a connection says so and hangs up, before it has read what it is asked.
+#[test]
+fn the_one_word_of_an_agent_that_turns_it_away_is_told() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    let pod = Pod::new("c1", true);
+    let listener = UnixListener::bind(node.parsed().agent.socket).unwrap();
+    let error = std::thread::scope(|scope| {
+        // The pod does not say its class: there are two questions, and one answer.
+        let adding = scope.spawn(|| node.verb("ADD", &pod, &node.network()).unwrap_err());
+        let mut asking = Connection::accept(&listener);
+        assert!(matches!(asking.next(), Some(Request::Class { .. })));
+        assert!(matches!(asking.next(), Some(Request::Allocate { .. })));
+        let message = "512 connections are open already; try again".to_owned();
+        asking.tell(&Response::Failed { message });
+        drop(asking);
+        adding.join().unwrap()
+    });
+    assert_eq!(
+        error["details"],
+        "512 connections are open already; try again"
+    );
+    assert_eq!(node.leavings(), "");
+}
+
 #[test]
 fn killed_while_it_waits_del_removes_the_pairs_and_releases_the_slot() {
     if !require_root() {

@@ -6,7 +6,7 @@
 
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::command;
 
@@ -47,7 +47,11 @@ pub(crate) fn plugin(locked: bool) -> Result<()> {
     words.extend(STATIC);
     command::run(&mut command::cargo(&words))?;
     let program = command::target().join("release/kun-cni");
-    let headers = Command::new("readelf").arg("-lW").arg(&program).output()?;
+    let headers = Command::new("readelf")
+        .arg("-lW")
+        .arg(&program)
+        .output()
+        .context("readelf, which comes with the linker (binutils)")?;
     let text = String::from_utf8_lossy(&headers.stdout);
     ensure!(
         headers.status.success() && text.contains("LOAD") && !text.contains("INTERP"),

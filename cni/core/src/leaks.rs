@@ -17,7 +17,7 @@ use std::time::Duration;
 use kun_config::types::Slot;
 
 use crate::ipam::{BootTime, Ipam, Key, SlotState};
-use crate::plan::UNFINISHED;
+use crate::tag::UNFINISHED;
 
 /// Least time between two looks that agree: longer than an ADD takes between its halves on a busy node.
 pub const BETWEEN: Duration = Duration::from_secs(20);

@@ -11,4 +11,5 @@ pub mod names;
 pub mod plan;
 pub mod rebuild;
 pub mod spec;
+pub mod tag;
 pub mod watermark;

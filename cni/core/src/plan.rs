@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::ipam::Key;
 use crate::names::{self, Carries};
 use crate::spec::{Interface, Ip, Route, Success};
+use crate::tag;
 
 /// The pod's IPv6 next hop; on no interface.
 pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
@@ -25,9 +26,6 @@ pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 
 /// `rtm_protocol` of every route that kun installs: whoever cleans up knows them by it.
 pub const ROUTE_PROTOCOL: u8 = 0x6b;
-
-/// IFALIASZ without its closing zero.
-const MAX_ALIAS: usize = 255;
 
 /// A hardware address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -321,9 +319,6 @@ pub enum Undo {
     },
 }
 
-/// The generation in the tag of an interface whose slot is not known yet. No slot has it: the first allocation is of generation 1.
-pub const UNFINISHED: u64 = 0;
-
 /// What is known of an ADD before its slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Draft {
@@ -340,7 +335,7 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// The pairs to make, IPv6's first, without addresses and tagged as [`UNFINISHED`].
+    /// The pairs to make, IPv6's first, without addresses and tagged as [unfinished](tag::UNFINISHED).
     pub fn pairs(&self) -> Vec<Pair> {
         names::pairs(self.class, self.interfaces)
             .iter()
@@ -356,7 +351,7 @@ impl Draft {
                     (Carries::V6 | Carries::Both, Some(mac)) => mac,
                     (Carries::V4, _) | (_, None) => mac(&self.key, carries, "pod"),
                 },
-                alias: tag(&self.key, UNFINISHED, self.mac),
+                alias: tag::of(&self.key, tag::UNFINISHED, self.mac),
                 addresses: Vec::new(),
             })
             .collect()
@@ -405,7 +400,7 @@ impl Facts {
         let v4 = self.v4.map(|v4| IpNet::V4(Ipv4Net::from(v4)));
         let mut pairs = self.draft().pairs();
         for pair in &mut pairs {
-            pair.alias = tag(&self.key, self.generation, self.mac);
+            pair.alias = tag::of(&self.key, self.generation, self.mac);
             pair.addresses = match pair.carries {
                 Carries::V6 => vec![v6],
                 Carries::V4 => v4.into_iter().collect(),
@@ -568,63 +563,6 @@ pub fn result(facts: &Facts, netns: &str) -> Success {
         }
     }
     success
-}
-
-/// The host side's ifalias. The generation stands before the key, so that a long key cannot cut it off.
-pub fn alias(key: &Key, generation: u64) -> String {
-    tag(key, generation, None)
-}
-
-/// With the pod's hardware address where that was asked for: whoever restores a neighbour entry cannot compute it.
-fn tag(key: &Key, generation: u64, mac: Option<Mac>) -> String {
-    let mac = mac.map_or_else(String::new, |mac| {
-        let bytes = mac.0.map(|byte| format!("{byte:02x}"));
-        format!(",{}", bytes.concat())
-    });
-    let mut alias = format!(
-        "kun:{generation}{mac}:{}/{}/{}",
-        key.network, key.container_id, key.ifname
-    );
-    // Every part is ASCII by the specification's rule.
-    alias.truncate(MAX_ALIAS);
-    alias
-}
-
-/// Generation, hardware address, and the text of the key.
-fn parts(text: &str) -> Option<(u64, Option<Mac>, &str)> {
-    let (head, key) = text.strip_prefix("kun:")?.split_once(':')?;
-    let (generation, mac) = match head.split_once(',') {
-        None => (head, None),
-        Some((generation, digits)) => {
-            let number = u64::from_str_radix(digits, 16).ok()?;
-            let [_, _, bytes @ ..] = number.to_be_bytes();
-            (generation, Some(Mac(bytes)))
-        }
-    };
-    Some((generation.parse().ok()?, mac, key))
-}
-
-/// The generation in an ifalias, if it is this key's; [`UNFINISHED`] of one whose ADD had no slot yet.
-pub fn generation_in(text: &str, key: &Key) -> Option<u64> {
-    let (generation, mac, _) = parts(text)?;
-    (tag(key, generation, mac) == text).then_some(generation)
-}
-
-/// The key in an ifalias of ours. `None` for one that was cut off: its interface goes with its container's DEL.
-pub fn key_in(text: &str) -> Option<Key> {
-    let (generation, mac, key) = parts(text)?;
-    let mut parts = key.split('/');
-    let key = Key {
-        network: parts.next()?.to_owned(),
-        container_id: parts.next()?.to_owned(),
-        ifname: parts.next()?.to_owned(),
-    };
-    (text.len() < MAX_ALIAS && tag(&key, generation, mac) == text).then_some(key)
-}
-
-/// The hardware address in an ifalias, where the pod asked for one.
-pub fn mac_in(text: &str) -> Option<Mac> {
-    parts(text)?.1
 }
 
 /// The host side's neighbours and routes to the pod.
@@ -919,44 +857,5 @@ mod tests {
             assert_eq!(second_name(first), second);
             assert!(second.len() <= names::MAX_NAME);
         }
-    }
-
-    #[test]
-    fn the_alias_tells_generation_and_owner_however_long() {
-        let mut key = facts(true, Interfaces::Split).key;
-        assert_eq!(generation_in(&alias(&key, 7), &key), Some(7));
-        assert_eq!(key_in(&alias(&key, 7)), Some(key.clone()));
-        let other = Key {
-            container_id: "c2".into(),
-            ..key.clone()
-        };
-        assert_eq!(generation_in(&alias(&other, 7), &key), None);
-        for foreign in [
-            "",
-            "kun:",
-            "kun:x:kun/c1/eth0",
-            "kun:+7:kun/c1/eth0",
-            "uplink",
-        ] {
-            assert_eq!(generation_in(foreign, &key), None, "{foreign}");
-        }
-        for foreign in [
-            "",
-            "kun:",
-            "kun:7:kun/c1",
-            "kun:07:kun/c1/eth0",
-            "kun:7:kun/c1/eth0/x",
-        ] {
-            assert_eq!(key_in(foreign), None, "{foreign}");
-        }
-        let mac = Mac([2, 0, 0, 0, 0xbe, 0xef]);
-        let text = tag(&key, 7, Some(mac));
-        assert_eq!(text, "kun:7,02000000beef:kun/c1/eth0");
-        assert_eq!(generation_in(&text, &key), Some(7));
-        assert_eq!(key_in(&text), Some(key.clone()));
-        assert_eq!((mac_in(&text), mac_in(&alias(&key, 7))), (Some(mac), None));
-        key.container_id = "c".repeat(400);
-        assert_eq!(alias(&key, 7).len(), MAX_ALIAS);
-        assert_eq!(generation_in(&alias(&key, 7), &key), Some(7));
     }
 }
