@@ -15,6 +15,9 @@ use crate::command;
 /// For the last of the plugin's crates alone: its dependencies are the other programs' too.
 const AT_A_FIXED_ADDRESS: [&str; 2] = ["-C", "relocation-model=static"];
 
+/// The plugin's profile in the workspace's `Cargo.toml`.
+const PROFILE: &str = "plugin";
+
 /// Flags of `build`.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -40,12 +43,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 pub(crate) fn plugin(locked: bool) -> Result<()> {
     let triple = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
     standard_library(&triple)?;
-    let mut words = vec!["rustc", "--release", "--target", &triple];
+    let mut words = vec!["rustc", "--profile", PROFILE, "--target", &triple];
     words.extend(locked.then_some("--locked"));
     words.extend(["--package", "kun-cni", "--bin", "kun-cni", "--"]);
     words.extend(AT_A_FIXED_ADDRESS);
     command::run(&mut command::cargo(&words))?;
-    let built = command::target().join(&triple).join("release/kun-cni");
+    let built = command::target()
+        .join(&triple)
+        .join(PROFILE)
+        .join("kun-cni");
     let headers = Command::new("readelf")
         .arg("-lW")
         .arg(&built)
