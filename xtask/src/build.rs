@@ -5,7 +5,7 @@
 //! caches there, in a virtual machine a trap each time, and reads its own mappings. At a fixed address for the same reason, as
 //! Go's plugins are; it opens no port and reads only what the runtime and the node's administrator write.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -41,17 +41,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 /// Builds the plugin as it is shipped, and sees that it starts without anything of its host.
 pub(crate) fn plugin(locked: bool) -> Result<()> {
-    let triple = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
-    standard_library(&triple)?;
-    let mut words = vec!["rustc", "--profile", PROFILE, "--target", &triple];
-    words.extend(locked.then_some("--locked"));
-    words.extend(["--package", "kun-cni", "--bin", "kun-cni", "--"]);
-    words.extend(AT_A_FIXED_ADDRESS);
-    command::run(&mut command::cargo(&words))?;
-    let built = command::target()
-        .join(&triple)
-        .join(PROFILE)
-        .join("kun-cni");
+    let built = linked(PROFILE, PROFILE, locked)?;
     let headers = Command::new("readelf")
         .arg("-lW")
         .arg(&built)
@@ -64,6 +54,27 @@ pub(crate) fn plugin(locked: bool) -> Result<()> {
         built.display()
     );
     place(&built, &command::target().join("release/kun-cni"))
+}
+
+/// The plugin with the libraries that it is shipped with, and otherwise as tests have it: the minutes that optimisation takes show
+/// them nothing.
+pub(crate) fn plugin_for_tests() -> Result<PathBuf> {
+    linked("dev", "debug", false)
+}
+
+/// Links it with a profile, whose programs cargo puts into `folder`.
+fn linked(profile: &str, folder: &str, locked: bool) -> Result<PathBuf> {
+    let triple = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
+    standard_library(&triple)?;
+    let mut words = vec!["rustc", "--profile", profile, "--target", &triple];
+    words.extend(locked.then_some("--locked"));
+    words.extend(["--package", "kun-cni", "--bin", "kun-cni", "--"]);
+    words.extend(AT_A_FIXED_ADDRESS);
+    command::run(&mut command::cargo(&words))?;
+    // Tests run elsewhere than cargo does.
+    Ok(std::path::absolute(
+        command::target().join(&triple).join(folder).join("kun-cni"),
+    )?)
 }
 
 /// Beside the other programs. By a new name first: a plugin that runs cannot be written over.

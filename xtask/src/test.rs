@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{command, ebpf, lab, peers, setup, tidy, vm};
+use crate::{build, command, ebpf, lab, peers, setup, tidy, vm};
 
 /// Flags of `test`.
 #[derive(clap::Args)]
@@ -204,6 +204,9 @@ fn tests(packages: Option<&[&str]>, count: &mut Count) -> Result<()> {
         }
     }
     cargo.env("KUN_SKIPS", &skips);
+    if packages.is_none_or(|packages| packages.contains(&"kun-cni")) {
+        cargo.env("KUN_CNI_AS_SHIPPED", build::plugin_for_tests()?);
+    }
     let status = stream(&mut cargo, &target.join("kun-test.log"), count)?;
     let unexpected = unexpected_skips(&skips, count)?;
     ensure!(
