@@ -6,6 +6,7 @@ use kun_config::Config;
 use kun_control::{Allocation, AttachmentKey, PodRef, Request, Response, SlotRange, Unavailable};
 
 use crate::allocator::{Allocator, Meanwhile};
+use crate::attach::port_mappings;
 use crate::ipam::core_key;
 use crate::spool::{Entry, Spool};
 
@@ -57,6 +58,11 @@ pub(crate) fn allocate(
         slot,
         within,
         delegated: meanwhile.is_none(),
+        // What another plugin makes has its host ports from yet another.
+        ports: match meanwhile {
+            Some(_) => port_mappings(wishes),
+            None => Vec::new(),
+        },
     };
     let (response, not_gathered) = allocator.ask_for_slot(&request, config, meanwhile)?;
     let failure = match response {

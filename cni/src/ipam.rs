@@ -145,6 +145,8 @@ impl IpamService {
                 slot,
                 within,
                 delegated,
+                // For the agent to see, before it asks.
+                ports: _,
             } => {
                 if let Some(refused) = refuse(key, pod) {
                     return refused;

@@ -177,6 +177,10 @@ pub enum Request {
         /// nothing, so only DEL, GC or a person takes it back.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         delegated: bool,
+        /// The host ports that `Attached` will ask for. One that another pod has is refused before there is a slot: whoever tries
+        /// again and again spends none on it.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        ports: Vec<PortMapping>,
     },
     /// Which slots the pods of a namespace get that do not say.
     Class {

@@ -49,6 +49,7 @@ fn requests() {
             slot: None,
             within: Vec::new(),
             delegated: false,
+            ports: Vec::new(),
         },
         &format!(r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":"v6-only"}}"#),
     );
@@ -71,9 +72,15 @@ fn requests() {
                 last: Slot(2),
             }],
             delegated: true,
+            ports: vec![PortMapping {
+                host_port: NonZeroU16::MIN,
+                container_port: NonZeroU16::MAX,
+                protocol: Transport::Tcp,
+                host_ip: None,
+            }],
         },
         &format!(
-            r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":null,"slot":171966465,"within":[{{"first":1,"last":2}}],"delegated":true}}"#
+            r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":null,"slot":171966465,"within":[{{"first":1,"last":2}}],"delegated":true,"ports":[{{"hostPort":1,"containerPort":65535,"protocol":"tcp","hostIp":null}}]}}"#
         ),
     );
     let traffic = Traffic {

@@ -66,6 +66,13 @@ pub(crate) enum Message {
         /// Where the answer goes.
         done: SyncSender<Result<(), String>>,
     },
+    /// Why would an attachment's host ports be refused?
+    Refuses {
+        /// What it will ask for.
+        attachment: Box<Attachment>,
+        /// Where the answer goes.
+        reply: SyncSender<Option<String>>,
+    },
     /// A pod is gone.
     Detach {
         /// Whose.
@@ -406,6 +413,9 @@ impl Dataplane {
                 let attached = self.attach(&attachment);
                 // Whoever asked may have given up.
                 let _ = done.send(attached);
+            }
+            Message::Refuses { attachment, reply } => {
+                let _ = reply.send(self.attachments.refuses(&attachment));
             }
             Message::Verify { attachment, reply } => {
                 let _ = reply.send(self.verify(&attachment));
