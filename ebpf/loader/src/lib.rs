@@ -7,6 +7,7 @@
 mod bandwidth;
 mod error;
 mod features;
+mod filters;
 mod hook;
 mod maps;
 pub mod nat64;
