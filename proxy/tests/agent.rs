@@ -395,6 +395,55 @@ fn missing(node: &Node, name: &str, bandwidth: Bandwidth) -> Vec<String> {
     }
 }
 
+/// The newer version's programs attach beside the older one's, which serve on until the newer ones do.
+#[test]
+fn what_an_older_version_pinned_goes_once_the_newer_serves() {
+    let Some(mut node) = Node::start("abi") else {
+        return;
+    };
+    let server = node.server("one");
+    node.publish(&Service::new(&[&server]));
+    let versions = || {
+        let entries = fs::read_dir(node.pin_root()).unwrap();
+        let mut names: Vec<String> = (entries.flatten())
+            .map(|e| e.file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    };
+    let [ours] = versions().try_into().unwrap();
+    let pins = node.pins();
+    let root = node.pin_root();
+    let pinned = |version: &str, object: &str| root.join(version).join(object);
+    fs::create_dir(root.join("v0x")).unwrap();
+    for cut_off in [false, true] {
+        node.kill();
+        fs::rename(root.join(&ours), root.join("v0")).unwrap();
+        if cut_off {
+            // As a kill amid the removal leaves it.
+            fs::remove_dir_all(pinned("v0", "service").join("links")).unwrap();
+        }
+        node.spawn();
+        let gone = wait_until(SOON, || !root.join("v0").exists());
+        assert!(gone, "{}", node.log());
+        let entries = fs::read_dir(&root).unwrap();
+        assert_eq!(entries.count(), 2, "what is nobody's version stays");
+        assert_eq!(node.pins(), pins);
+        let inside = Inside::enter(&node);
+        for vip in [VIP4, VIP6] {
+            let seen = rig::names_over_tcp(&node.netns, at(vip, 80), 2);
+            assert_eq!(seen, ["one"], "{vip}");
+        }
+        drop(inside);
+    }
+    // Also when all of it is to go.
+    node.kill();
+    fs::create_dir_all(pinned("v0", "service")).unwrap();
+    node.run_agent(&["--cleanup"]);
+    assert_eq!(node.pins(), 0);
+    assert!(!root.join("v0").exists());
+}
+
 /// The queueing discipline stays, so nobody puts them back: CHECK has to say so.
 #[test]
 fn a_filter_that_somebody_took_away_is_missed_by_check() {

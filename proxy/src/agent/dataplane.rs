@@ -47,6 +47,9 @@ const EXPIRE_EVERY: Duration = Duration::from_secs(15);
 /// Under which a complaint about sockets is remembered: no interface has such a name.
 const SOCKETS: &str = "UDP sockets";
 
+/// The same of pins.
+const PINS: &str = "pins of another version";
+
 /// After an op failed: the first wait, doubled up to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_LAST: Duration = Duration::from_secs(30);
@@ -143,6 +146,8 @@ pub(crate) struct Dataplane {
     applied: Arc<Applied>,
     batch: Option<Batch>,
     synced_once: bool,
+    /// What agents of another ABI version pinned is gone.
+    succeeded: bool,
     failing: Option<Failing>,
     last_batch: Option<Duration>,
 }
@@ -190,6 +195,7 @@ impl Dataplane {
             applied: Arc::default(),
             batch: None,
             synced_once: false,
+            succeeded: false,
             failing: None,
             last_batch: None,
         }
@@ -570,6 +576,7 @@ impl Dataplane {
 
     fn tick(&mut self) {
         self.attach_uplinks();
+        self.succeed();
         self.refresh_addresses();
         for dropped in self.limiter.dropped() {
             self.metrics.limited(&dropped);

@@ -547,6 +547,7 @@ pub(crate) fn cleanup(path: &Path, conf_dir: Option<&Path>) -> Result<(), AgentE
     EbpfBackend::remove(&config, &interfaces)?;
     Limiter::remove_all(&config, &interfaces)?;
     Translator::remove(&config, &node::uplinks(config.node.uplink.as_deref()))?;
+    kun_ebpf_loader::remove_other_versions(&config.agent.bpffs_root)?;
     routes::set(&std::collections::BTreeSet::new())?;
     drop(server);
     tracing::info!(

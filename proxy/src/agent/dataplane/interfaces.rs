@@ -1,7 +1,7 @@
 //! The interfaces that carry the programs: pods' and uplinks.
 
 use super::super::{links, node};
-use super::Dataplane;
+use super::{Dataplane, PINS};
 
 impl Dataplane {
     /// Puts the programs on a pod's host interface, unless it carries them already.
@@ -60,6 +60,38 @@ impl Dataplane {
             translator.attach(name).map_err(|e| e.to_string())?;
         }
         Ok(())
+    }
+
+    /// Ends what agents of another ABI version left at work, once these programs do all that those did: twice over a packet does no
+    /// harm meanwhile, since it is translated already.
+    pub(super) fn succeed(&mut self) {
+        let whole = self.synced_once && !self.proxy.planner().partial();
+        if self.succeeded || !whole || self.busy() {
+            return;
+        }
+        if !(self.seek.find().iter()).all(|uplink| self.uplinks.contains_key(uplink)) {
+            return;
+        }
+        match kun_ebpf_loader::remove_other_versions(&self.config.agent.bpffs_root) {
+            Ok(versions) => {
+                self.succeeded = true;
+                self.complaints.remove(PINS);
+                if !versions.is_empty() {
+                    tracing::info!(
+                        ?versions,
+                        "removed what agents of other versions had pinned"
+                    );
+                }
+            }
+            // Tried again every second: said once.
+            Err(error) => {
+                let error = error.to_string();
+                if self.complaints.get(PINS) != Some(&error) {
+                    tracing::error!("pins of another version stay: {error}; trying again");
+                }
+                self.complaints.insert(PINS.to_owned(), error);
+            }
+        }
     }
 
     pub(super) fn detach(&mut self, interface: &str) {
