@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use super::announce::Facts;
 use super::attachments::{Attachment, Attachments};
 use super::limits::Limiter;
+use super::links::Taken;
 use super::metrics::Metrics;
 use super::node::Uplinks;
 use super::translator::Translator;
@@ -139,6 +140,8 @@ pub(crate) struct Dataplane {
     uplinks: BTreeMap<String, u32>,
     /// Finds them.
     seek: Uplinks,
+    /// Hears of filters that are taken away; `None`: it cannot.
+    taken: Option<Taken>,
     complaints: BTreeMap<String, String>,
     programmed: Arc<AtomicBool>,
     /// The revision that was taken in last; what came before it may still be planned.
@@ -179,6 +182,10 @@ impl Dataplane {
     ) -> Self {
         Self {
             seek: Uplinks::new(config.node.uplink.as_deref()),
+            // Before the first is put on: none goes unheard.
+            taken: Taken::listen()
+                .inspect_err(|error| tracing::warn!(%error, "pods' filters that are taken away are not told; they are looked for every 15 s"))
+                .ok(),
             config,
             proxy,
             limiter,
@@ -575,6 +582,7 @@ impl Dataplane {
     }
 
     fn tick(&mut self) {
+        self.heal_told();
         self.attach_uplinks();
         self.succeed();
         self.refresh_addresses();
