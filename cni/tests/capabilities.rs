@@ -353,8 +353,24 @@ fn refusals_name_the_thing_and_the_remedy() {
     let file = node.config.display().to_string();
     let mut wrong = pod.network(&node);
     wrong["kunConfig"] = "/nonexistent/kun.yaml".into();
+    let mut long = pod.network(&node);
+    long["name"] = "n".repeat(97).into();
     let netns = pod.netns.path().display().to_string();
+    let mut of_long = vars(&netns, "eth0");
+    of_long[1].1 = "c".repeat(241);
     let table = [
+        (
+            of_long.clone(),
+            pod.network(&node),
+            4,
+            "CNI_CONTAINERID has 241 bytes; it has at most 96: it stands in the aliases of the container's interfaces, beside the network's name".to_owned(),
+        ),
+        (
+            vars(&netns, "eth0"),
+            long.clone(),
+            7,
+            "name: 97 bytes; a network's name has at most 96: it stands in the aliases of pods' interfaces, beside the container's id".to_owned(),
+        ),
         (
             vars("/run/netns/gone", "eth0"),
             pod.network(&node),
@@ -399,6 +415,13 @@ fn refusals_name_the_thing_and_the_remedy() {
         assert_eq!(error["code"], code, "{error}");
         assert_eq!(details(&error), words);
         assert_eq!(error["cniVersion"], "1.1.0");
+    }
+    // DEL works, also of what an earlier version made.
+    for (mut vars, network) in [(of_long, pod.network(&node)), (vars(&netns, "eth0"), long)] {
+        vars[0].1 = "DEL".to_owned();
+        let vars: Vec<(&str, &str)> = vars.iter().map(|(n, v)| (*n, v.as_str())).collect();
+        let out = node.execute(&vars, network.to_string().as_bytes());
+        assert_eq!(node::answer(&out), Ok(None));
     }
     assert_eq!(node.leavings(), "");
 }
