@@ -143,7 +143,7 @@ fn ask_meanwhile(
 /// The blocks that are known do not have it.
 fn lacks_slots(answer: &Response) -> bool {
     match answer {
-        Response::Exhausted { .. } => true,
+        Response::Exhausted { .. } | Response::Elsewhere { .. } => true,
         Response::Unavailable { because, .. } => *because == Unavailable::NotOurs,
         Response::Capacity { free, .. } => *free == 0,
         _ => false,

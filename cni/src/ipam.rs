@@ -357,6 +357,7 @@ impl IpamService {
                     more: None,
                 },
             },
+            Ok(Reply::Elsewhere { class, blocks }) => Response::Elsewhere { class, blocks },
             Ok(Reply::Changed { generation }) => Response::Failed {
                 message: format!(
                     "the slot has generation {generation} by now: look again before you free it"

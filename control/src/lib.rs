@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU16, NonZeroU64};
 use std::path::Path;
 
-use kun_config::types::{Slot, SlotClass};
+use kun_config::types::{BlockId, Slot, SlotClass};
 use serde::{Deserialize, Serialize};
 
 mod addresses;
@@ -288,6 +288,13 @@ pub enum Response {
         slot: Slot,
         /// Why not.
         because: Unavailable,
+    },
+    /// Allocate with `within` that no block of this node has a part in.
+    Elsewhere {
+        /// Of this class.
+        class: SlotClass,
+        /// It gives out these.
+        blocks: Vec<BlockId>,
     },
     /// Lookup of an unknown key.
     Unknown,

@@ -1,6 +1,7 @@
 //! The lines on the wire, byte for byte in both directions, and what the client makes of an agent that misbehaves.
 
 use std::io::{BufRead, BufReader, Write};
+use std::net::Ipv4Addr;
 use std::num::{NonZeroU16, NonZeroU64};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -224,6 +225,13 @@ fn answers() {
         );
     }
     golden(&Response::Unknown, r#"{"is":"unknown"}"#);
+    golden(
+        &Response::Elsewhere {
+            class: SlotClass::Dual,
+            blocks: vec![BlockId::new(Slot::from(Ipv4Addr::new(10, 64, 0, 0))).unwrap()],
+        },
+        r#"{"is":"elsewhere","class":"dual","blocks":[171966464]}"#,
+    );
     golden(
         &Response::Exhausted {
             exhausted: Exhausted {
