@@ -202,6 +202,8 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         clock::boot()?,
         clock::now(),
     )?);
+    // Before anybody is answered.
+    ipam.believe_all(clock::now())?;
     let source = Source::open(&config.cluster)?;
     node::forward(&node::uplinks(config.node.uplink.as_deref()))?;
 

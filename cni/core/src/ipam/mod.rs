@@ -249,6 +249,11 @@ impl Ipam {
         (since.0.saturating_add(self.rules.cooldown)).saturating_sub(now.0)
     }
 
+    /// The last allocation's generation; no interface that the store knows of has a higher one.
+    pub fn newest(&self) -> u64 {
+        self.generation
+    }
+
     /// Not zero: the store was rebuilt; the generation of a slot that it knew nothing of.
     pub fn floor(&self) -> u64 {
         self.floor
