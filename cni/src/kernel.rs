@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -9,12 +10,16 @@ use kun_cni_core::ipam::Key;
 use kun_cni_core::plan::{Op, Side, Undo};
 use kun_cni_core::tag::{UNFINISHED, generation_in};
 
+use rustix::fs::{Mode, OFlags};
+
 use crate::netlink::{Link, NetlinkError, Query, Rtnl};
 use crate::netns::{Netns, NetnsError};
-use std::os::fd::AsFd;
 
 /// The kernel's link watch runs at once or, at worst, a second later.
 const CARRIER_WITHIN: Duration = Duration::from_secs(3);
+
+/// Two numbers, the longest of what is written below /proc/sys/net, and more.
+const MAX_SYSCTL: usize = 64;
 
 /// Between two looks at an interface that is coming up.
 const LOOK_AGAIN: Duration = Duration::from_micros(200);
@@ -313,8 +318,10 @@ struct Applier<'a> {
     rtnl: &'a mut Rtnl,
     /// Where pairs have their far end.
     far: Option<&'a Netns>,
-    pending: Vec<(String, Option<String>, Query)>,
+    /// What is not sent yet, and for which op.
+    pending: Vec<(&'a Op, Query)>,
     links: BTreeMap<String, Link>,
+    indices: BTreeMap<&'a str, u32>,
     /// Addresses and routes that are there already stay.
     only_missing: bool,
     others: Vec<String>,
@@ -327,19 +334,20 @@ impl<'a> Applier<'a> {
             far,
             pending: Vec::new(),
             links: BTreeMap::new(),
+            indices: BTreeMap::new(),
             only_missing: false,
             others: Vec::new(),
         }
     }
 
     /// `others`: the node's ends that it could not make, because another ADD has made them.
-    fn run(mut self, ops: &[Op], others: &mut Vec<String>) -> Result<(), KernelError> {
+    fn run(mut self, ops: &'a [Op], others: &mut Vec<String>) -> Result<(), KernelError> {
         let done = self.all(ops);
         others.append(&mut self.others);
         done
     }
 
-    fn all(&mut self, ops: &[Op]) -> Result<(), KernelError> {
+    fn all(&mut self, ops: &'a [Op]) -> Result<(), KernelError> {
         for (done, op) in ops.iter().enumerate() {
             let rest = &ops[done..];
             match op {
@@ -348,9 +356,7 @@ impl<'a> Applier<'a> {
                         op: op.to_string(),
                         ifname: pair.host.clone(),
                     })?;
-                    let query = Query::create_pair(pair, *mtu, far.as_fd());
-                    let host = Some(pair.host.clone());
-                    self.pending.push((op.to_string(), host, query));
+                    self.push(op, Query::create_pair(pair, *mtu, far.as_fd()));
                 }
                 Op::Configure {
                     ifname,
@@ -419,11 +425,11 @@ impl<'a> Applier<'a> {
         self.flush()
     }
 
-    fn push(&mut self, op: &Op, query: Query) {
-        self.pending.push((op.to_string(), None, query));
+    fn push(&mut self, op: &'a Op, query: Query) {
+        self.pending.push((op, query));
     }
 
-    fn push_missing(&mut self, op: &Op, query: Query) {
+    fn push_missing(&mut self, op: &'a Op, query: Query) {
         let query = match self.only_missing {
             true => query.unless_there(),
             false => query,
@@ -432,31 +438,32 @@ impl<'a> Applier<'a> {
     }
 
     fn flush(&mut self) -> Result<(), KernelError> {
-        let mut ops = Vec::new();
-        let mut queries = Vec::new();
-        for (op, makes, query) in std::mem::take(&mut self.pending) {
-            ops.push((op, makes));
-            queries.push(query);
-        }
+        let (ops, queries): (Vec<&Op>, Vec<Query>) =
+            std::mem::take(&mut self.pending).into_iter().unzip();
         let mut stands = None;
         let mut refused = None;
-        for ((op, makes), verdict) in ops.into_iter().zip(self.rtnl.batch(&queries)?) {
-            match (verdict, makes) {
+        for (op, verdict) in ops.into_iter().zip(self.rtnl.batch(&queries)?) {
+            match (verdict, op) {
                 // EEXIST is told of a name in the pod too.
-                (Err(e), Some(host))
+                (Err(e), Op::CreatePair { pair, .. })
                     if e.kind() == io::ErrorKind::AlreadyExists
-                        && self.rtnl.link(&host)?.is_some() =>
+                        && self.rtnl.link(&pair.host)?.is_some() =>
                 {
-                    self.others.push(host.clone());
-                    stands.get_or_insert(KernelError::Stands { ifname: host });
+                    self.others.push(pair.host.clone());
+                    stands.get_or_insert(KernelError::Stands {
+                        ifname: pair.host.clone(),
+                    });
                 }
                 (Ok(Some(link)), _) => {
                     self.links.insert(link.name.clone(), link);
                 }
                 (Ok(None), _) => {}
                 (Err(e), _) if self.only_missing && e.kind() == io::ErrorKind::AlreadyExists => {}
-                (Err(source), _) => {
-                    refused.get_or_insert(KernelError::Refused { op, source });
+                (Err(source), op) => {
+                    refused.get_or_insert_with(|| KernelError::Refused {
+                        op: op.to_string(),
+                        source,
+                    });
                 }
             }
         }
@@ -464,22 +471,27 @@ impl<'a> Applier<'a> {
     }
 
     /// Its index, which needs no conversation and none of the kernel's big lock. The interface was made in an earlier turn.
-    fn index(&self, op: &Op, ifname: &str) -> Result<u32, KernelError> {
-        self.rtnl.index(ifname)?.ok_or_else(|| KernelError::Gone {
+    fn index(&mut self, op: &Op, ifname: &'a str) -> Result<u32, KernelError> {
+        if let Some(index) = self.indices.get(ifname) {
+            return Ok(*index);
+        }
+        let index = self.rtnl.index(ifname)?.ok_or_else(|| KernelError::Gone {
             op: op.to_string(),
             ifname: ifname.to_owned(),
-        })
+        })?;
+        self.indices.insert(ifname, index);
+        Ok(index)
     }
 
     /// The interface, asked for together with all others that the rest will need, at the end of what is pending.
-    fn link(&mut self, op: &Op, ifname: &str, rest: &[Op]) -> Result<&Link, KernelError> {
+    fn link(&mut self, op: &'a Op, ifname: &str, rest: &[Op]) -> Result<&Link, KernelError> {
         if !self.links.contains_key(ifname) {
             let mut names: Vec<&str> = rest.iter().filter_map(needs_link).collect();
             names.sort_unstable();
             names.dedup();
             for name in names {
                 if !self.links.contains_key(name) {
-                    self.pending.push((op.to_string(), None, Query::link(name)));
+                    self.push(op, Query::link(name));
                 }
             }
             self.flush()?;
@@ -529,11 +541,24 @@ fn needs_link(op: &Op) -> Option<&str> {
 
 /// Writes only what differs: writing some of these takes the kernel's one big network lock, reading does not.
 fn set_sysctl(path: &str, value: &str) -> io::Result<()> {
-    let file = PathBuf::from("/proc/sys/net").join(path);
-    if std::fs::read_to_string(&file)?.trim_end() == value {
+    let path = PathBuf::from("/proc/sys/net").join(path);
+    let open = |how| rustix::fs::open(&path, how | OFlags::CLOEXEC, Mode::empty());
+    // Where nothing may be written it may be as it should be all the same.
+    let (file, refused) = match open(OFlags::RDWR) {
+        Ok(file) => (file, None),
+        Err(refused) => (open(OFlags::RDONLY)?, Some(refused)),
+    };
+    let mut is = [0; MAX_SYSCTL];
+    let length = rustix::io::read(&file, &mut is)?;
+    if is[..length].trim_ascii_end() == value.as_bytes() {
         return Ok(());
     }
-    std::fs::write(&file, value)
+    if let Some(refused) = refused {
+        return Err(refused.into());
+    }
+    // From the beginning, whatever was read: elsewhere the kernel takes nothing.
+    rustix::io::pwrite(&file, value.as_bytes(), 0)?;
+    Ok(())
 }
 
 fn compare(ops: &[Op], rtnl: &mut Rtnl) -> Result<Vec<String>, KernelError> {

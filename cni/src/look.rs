@@ -20,7 +20,7 @@ use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::kernel::{self, KernelError};
-use crate::netlink::{Link, NetlinkError, Query, Rtnl};
+use crate::netlink::{Answer, Link, NetlinkError, Query, Rtnl};
 
 /// One look may fall into an ADD, three in a row hardly do; the next ones are five seconds away.
 const LOOKS: usize = 3;
@@ -68,14 +68,14 @@ impl Sight {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
             whole &= rtnl.dump(RouteNetlinkMessage::GetRoute(message), |answer| {
-                if let RouteNetlinkMessage::NewRoute(route) = answer {
+                if let Answer::Other(RouteNetlinkMessage::NewRoute(route)) = answer {
                     sight.route(&route);
                 }
             })?;
         }
         let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
         whole &= rtnl.dump(all, |answer| {
-            if let RouteNetlinkMessage::NewNeighbour(neighbour) = answer {
+            if let Answer::Other(RouteNetlinkMessage::NewNeighbour(neighbour)) = answer {
                 sight.neighbour(&neighbour);
             }
         })?;

@@ -37,6 +37,10 @@ Without arguments it is a CNI plugin: a container runtime executes it with CNI_C
   --conflist  the list to place; without it: kun alone
   --name      the list's name there (10-kun.conflist)";
 
+/// As shipped the plugin is linked against musl, which starts at once and allocates slowly.
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if !arguments.is_empty() {

@@ -9,22 +9,23 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use kun_cni_core::plan::Ipv6Setting;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
     NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage, State,
-};
+use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
+mod link;
 mod query;
+
+pub(crate) use link::Answer;
+pub use link::Link;
 
 /// Messages in one answer to a dump of one namespace: a node's links and a pod's addresses and routes, ten times over.
 const MAX_DUMP: usize = 100_000;
@@ -67,42 +68,6 @@ pub struct Query {
     flags: u16,
     /// The answer is a message rather than an acknowledgement.
     asks: bool,
-}
-
-/// An interface as the kernel shows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Link {
-    /// Index.
-    pub index: u32,
-    /// Name.
-    pub name: String,
-    /// MTU.
-    pub mtu: u32,
-    /// Hardware address.
-    pub mac: Vec<u8>,
-    /// ifalias.
-    pub alias: Option<String>,
-    /// Administratively up.
-    pub up: bool,
-    /// The kernel sends on it.
-    pub running: bool,
-    /// How often its carrier has gone. A new pair's ends have none: that is once.
-    pub carrier_losses: u32,
-    /// Index of a pair's other end, in its own namespace.
-    pub peer: Option<u32>,
-    /// The other end's namespace, by the number that this one has given it.
-    pub peer_netns: Option<i32>,
-    /// `net.ipv6.conf.<name>`, as far as anybody asks.
-    ipv6: Option<Ipv6Conf>,
-}
-
-/// Some of an interface's IPv6 settings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Ipv6Conf {
-    disabled: bool,
-    forwarding: bool,
-    accept_ra: i32,
-    proxy_ndp: bool,
 }
 
 /// What a link message tells.
@@ -161,11 +126,11 @@ impl Rtnl {
         .map_err(io::Error::from)?;
         let mut changes = Vec::new();
         self.receive(|_, payload| match payload {
-            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
-                changes.push(LinkChange::Now(Link::of(&link)));
+            NetlinkPayload::InnerMessage(Answer::Link(link)) => {
+                changes.push(LinkChange::Now(link));
             }
-            NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link)) => {
-                changes.push(LinkChange::Gone(link.header.index));
+            NetlinkPayload::InnerMessage(Answer::LinkGone(index)) => {
+                changes.push(LinkChange::Gone(index));
             }
             _ => {}
         })?;
@@ -201,8 +166,8 @@ impl Rtnl {
                 };
                 match payload {
                     NetlinkPayload::Error(e) if e.code.is_some() => *verdict = Err(e.to_io()),
-                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
-                        *verdict = Ok(Some(Link::of(&link)));
+                    NetlinkPayload::InnerMessage(Answer::Link(link)) => {
+                        *verdict = Ok(Some(link));
                     }
                     _ => {}
                 }
@@ -234,7 +199,7 @@ impl Rtnl {
         message.header.index = index;
         let answer = self.ask(RouteNetlinkMessage::GetLink(message))?;
         Ok(match answer {
-            Ok(RouteNetlinkMessage::NewLink(link)) => Some(Link::of(&link)),
+            Ok(Answer::Link(link)) => Some(link),
             Ok(_) | Err(_) => None,
         })
     }
@@ -252,8 +217,8 @@ impl Rtnl {
             .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
         let mut links = Vec::new();
         let all = self.dump(RouteNetlinkMessage::GetLink(message), |answer| {
-            if let RouteNetlinkMessage::NewLink(link) = answer {
-                links.push(Link::of(&link));
+            if let Answer::Link(link) = answer {
+                links.push(link);
             }
         })?;
         Ok((links, all))
@@ -264,7 +229,7 @@ impl Rtnl {
         let mut found = Vec::new();
         let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         self.dump(all, |answer| {
-            if let RouteNetlinkMessage::NewAddress(message) = answer
+            if let Answer::Other(RouteNetlinkMessage::NewAddress(message)) = answer
                 && message.header.index == index
             {
                 found.extend(net(&message));
@@ -286,15 +251,13 @@ impl Rtnl {
             .push(RouteAttribute::Destination(address.into()));
         let answer = self.ask(RouteNetlinkMessage::GetRoute(message))?;
         Ok(match answer {
-            Ok(RouteNetlinkMessage::NewRoute(route)) => {
-                route
-                    .attributes
-                    .iter()
-                    .find_map(|attribute| match attribute {
-                        RouteAttribute::Oif(index) => Some(*index),
-                        _ => None,
-                    })
-            }
+            Ok(Answer::Other(RouteNetlinkMessage::NewRoute(route))) => route
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    RouteAttribute::Oif(index) => Some(*index),
+                    _ => None,
+                }),
             Ok(_) | Err(_) => None,
         })
     }
@@ -306,7 +269,7 @@ impl Rtnl {
         message.attributes.push(NsidAttribute::Fd(fd));
         let answer = self.ask(RouteNetlinkMessage::GetNsId(message))?;
         Ok(match answer {
-            Ok(RouteNetlinkMessage::NewNsId(told)) => {
+            Ok(Answer::Other(RouteNetlinkMessage::NewNsId(told))) => {
                 told.attributes
                     .iter()
                     .find_map(|attribute| match attribute {
@@ -333,7 +296,7 @@ impl Rtnl {
             .push(NeighbourAttribute::Destination(address.into()));
         let answer = self.ask(RouteNetlinkMessage::GetNeighbour(message))?;
         Ok(match answer {
-            Ok(RouteNetlinkMessage::NewNeighbour(neighbour))
+            Ok(Answer::Other(RouteNetlinkMessage::NewNeighbour(neighbour)))
                 if neighbour.header.state == NeighbourState::Permanent =>
             {
                 neighbour
@@ -349,10 +312,7 @@ impl Rtnl {
     }
 
     /// One question, one answer, or the kernel's refusal.
-    fn ask(
-        &mut self,
-        message: RouteNetlinkMessage,
-    ) -> Result<io::Result<RouteNetlinkMessage>, NetlinkError> {
+    fn ask(&mut self, message: RouteNetlinkMessage) -> Result<io::Result<Answer>, NetlinkError> {
         let mut bytes = Vec::new();
         let query = Query {
             message,
@@ -383,7 +343,7 @@ impl Rtnl {
     pub(crate) fn dump(
         &mut self,
         message: RouteNetlinkMessage,
-        mut take: impl FnMut(RouteNetlinkMessage),
+        mut take: impl FnMut(Answer),
     ) -> Result<bool, NetlinkError> {
         let mut bytes = Vec::new();
         let query = Query {
@@ -442,13 +402,13 @@ impl Rtnl {
     /// Reads one datagram and hands over its messages.
     fn receive(
         &mut self,
-        mut take: impl FnMut(NetlinkHeader, NetlinkPayload<RouteNetlinkMessage>),
+        mut take: impl FnMut(NetlinkHeader, NetlinkPayload<Answer>),
     ) -> Result<(), NetlinkError> {
         self.datagram.clear();
         self.socket.recv(&mut self.datagram, 0)?;
         let mut rest = self.datagram.as_slice();
         while !rest.is_empty() {
-            let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)?;
+            let message = NetlinkMessage::<Answer>::deserialize(rest)?;
             let length = usize::try_from(message.header.length)
                 .unwrap_or(usize::MAX)
                 .next_multiple_of(4)
@@ -458,52 +418,6 @@ impl Rtnl {
             rest = rest.get(length..).unwrap_or_default();
         }
         Ok(())
-    }
-}
-
-impl Link {
-    fn of(message: &LinkMessage) -> Self {
-        let mut link = Self {
-            index: message.header.index,
-            name: String::new(),
-            mtu: 0,
-            mac: Vec::new(),
-            alias: None,
-            up: message.header.flags.contains(LinkFlags::Up),
-            running: false,
-            carrier_losses: 0,
-            peer: None,
-            peer_netns: None,
-            ipv6: None,
-        };
-        for attribute in &message.attributes {
-            match attribute {
-                LinkAttribute::IfName(name) => link.name.clone_from(name),
-                LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
-                LinkAttribute::Address(mac) => link.mac.clone_from(mac),
-                LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
-                LinkAttribute::OperState(state) => link.running = *state == State::Up,
-                LinkAttribute::CarrierDownCount(count) => link.carrier_losses = *count,
-                LinkAttribute::Link(index) => link.peer = Some(*index),
-                LinkAttribute::LinkNetNsId(id) => link.peer_netns = Some(*id),
-                LinkAttribute::AfSpecUnspec(families) => link.ipv6 = ipv6_conf(families),
-                _ => {}
-            }
-        }
-        link
-    }
-
-    /// Whether it has this setting. What the kernel does not tell it has not.
-    pub fn has(&self, setting: Ipv6Setting) -> bool {
-        self.ipv6.is_some_and(|conf| match setting {
-            Ipv6Setting::Enabled => !conf.disabled,
-            Ipv6Setting::Forwarding => conf.forwarding,
-            // Who forwards hears advertisements only with 2.
-            Ipv6Setting::NoRouterAdvertisements => {
-                conf.accept_ra == 0 || conf.accept_ra == 1 && conf.forwarding
-            }
-            Ipv6Setting::NoProxy => !conf.proxy_ndp,
-        })
     }
 }
 
@@ -521,21 +435,6 @@ fn net(message: &AddressMessage) -> Option<IpNet> {
     };
     let ip = find(true).or_else(|| find(false))?;
     IpNet::new(ip, message.header.prefix_len).ok()
-}
-
-fn ipv6_conf(families: &[AfSpecUnspec]) -> Option<Ipv6Conf> {
-    families.iter().find_map(|family| match family {
-        AfSpecUnspec::Inet6(parts) => parts.iter().find_map(|part| match part {
-            AfSpecInet6::DevConf(conf) => Some(Ipv6Conf {
-                disabled: conf.disable_ipv6 != 0,
-                forwarding: conf.forwarding != 0,
-                accept_ra: conf.accept_ra,
-                proxy_ndp: conf.proxy_ndp != 0,
-            }),
-            _ => None,
-        }),
-        _ => None,
-    })
 }
 
 fn family(address: IpAddr) -> AddressFamily {

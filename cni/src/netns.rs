@@ -1,6 +1,7 @@
 //! A pod's network namespace.
 
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -46,11 +47,13 @@ pub enum NetnsError {
     },
 }
 
-/// An open namespace; it lives on while this does.
+/// An open namespace; it lives on while this does. Bound to the thread that opened it, and with it to the namespace to go back to.
 #[derive(Debug)]
 pub struct Netns {
     path: PathBuf,
     fd: OwnedFd,
+    home: OwnedFd,
+    of_its_thread: PhantomData<*const ()>,
 }
 
 impl Netns {
@@ -69,7 +72,9 @@ impl Netns {
             });
         }
         let theirs = rustix::fs::fstat(&fd).map_err(failed)?;
-        let ours = rustix::fs::stat(OWN).map_err(failed)?;
+        let home = rustix::fs::open(OWN, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(failed)?;
+        let ours = rustix::fs::fstat(&home).map_err(failed)?;
         if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino) {
             return Err(NetnsError::Own {
                 path: path.to_owned(),
@@ -78,6 +83,8 @@ impl Netns {
         Ok(Self {
             path: path.to_owned(),
             fd,
+            home,
+            of_its_thread: PhantomData,
         })
     }
 
@@ -88,21 +95,19 @@ impl Netns {
             path: self.path.clone(),
             source: e.into(),
         };
-        let home = rustix::fs::open(OWN, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(failed)?;
         move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))
             .map_err(failed)?;
-        let _back = Back(home);
+        let _back = Back(self.home.as_fd());
         Ok(work())
     }
 }
 
 /// Returns to the namespace that was left.
-struct Back(OwnedFd);
+struct Back<'a>(BorrowedFd<'a>);
 
-impl Drop for Back {
+impl Drop for Back<'_> {
     fn drop(&mut self) {
-        if move_into_link_name_space(self.0.as_fd(), Some(LinkNameSpaceType::Network)).is_err() {
+        if move_into_link_name_space(self.0, Some(LinkNameSpaceType::Network)).is_err() {
             std::process::abort();
         }
     }
