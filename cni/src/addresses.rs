@@ -1,13 +1,18 @@
 //! Slots for the verbs: asked for, given back, and the words for what cannot be had.
 
 use kun_cni_core::choice::{Wanted, wanted};
-use kun_cni_core::spec::{Attachment, Code, Failure, NetworkConfig, Success, Wishes};
+use kun_cni_core::spec::{AddressRange, Attachment, Code, Failure, NetworkConfig, Success, Wishes};
 use kun_config::Config;
+use kun_config::types::{BlockId, SlotClass};
 use kun_control::{Allocation, AttachmentKey, PodRef, Request, Response, SlotRange, Unavailable};
 
 use crate::allocator::{Allocator, Meanwhile};
+use crate::attach::port_mappings;
 use crate::ipam::core_key;
 use crate::spool::{Entry, Spool};
+
+/// Ranges and blocks that an error names: a node may have a thousand.
+const MAX_NAMED: usize = 4;
 
 /// The attachment's key.
 pub(crate) fn key(attachment: &Attachment, network: &NetworkConfig) -> AttachmentKey {
@@ -57,6 +62,11 @@ pub(crate) fn allocate(
         slot,
         within,
         delegated: meanwhile.is_none(),
+        // What another plugin makes has its host ports from yet another.
+        ports: match meanwhile {
+            Some(_) => port_mappings(wishes),
+            None => Vec::new(),
+        },
     };
     let (response, not_gathered) = allocator.ask_for_slot(&request, config, meanwhile)?;
     let failure = match response {
@@ -72,9 +82,51 @@ pub(crate) fn allocate(
                 because,
             )
         }
+        Response::Elsewhere { class, blocks } => elsewhere(&wishes.ranges, class, &blocks, config),
         other => unexpected("Allocate", other),
     };
     Err(failure.also(not_gathered.as_slice()))
+}
+
+/// Ranges that this node has no part in.
+fn elsewhere(
+    sets: &[Vec<AddressRange>],
+    class: SlotClass,
+    blocks: &[BlockId],
+    config: &Config,
+) -> Failure {
+    let ranges = sets.iter().flatten();
+    let ranges = named(ranges.map(|range| format!("{}-{}", range.first, range.last)));
+    let (slots, blocks) = match class {
+        SlotClass::Dual => {
+            let both = |block: &BlockId| {
+                format!("{} and {}", block.v4(), block.v6(config.ipam.pod_prefix))
+            };
+            ("slots with IPv4", named(blocks.iter().map(both)))
+        }
+        SlotClass::V6Only => {
+            let v6 = |block: &BlockId| block.v6(config.ipam.pod_prefix).to_string();
+            ("IPv6-only slots", named(blocks.iter().map(v6)))
+        }
+    };
+    Failure::new(
+        Code::InvalidConfig,
+        format!(
+            "ipRanges {ranges}: this node has none of these addresses; of {slots} it gives out {blocks}: ask for a range in those, or for none"
+        ),
+    )
+}
+
+/// The first few of many.
+fn named(all: impl Iterator<Item = String>) -> String {
+    let mut all: Vec<String> = all.collect();
+    let more = all.len().saturating_sub(MAX_NAMED);
+    all.truncate(MAX_NAMED);
+    let listed = all.join(", ");
+    match more {
+        0 => listed,
+        more => format!("{listed} and {more} more"),
+    }
 }
 
 fn unavailable(address: &str, because: Unavailable) -> Failure {

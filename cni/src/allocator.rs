@@ -82,7 +82,11 @@ impl Allocator {
     ) -> Result<(Response, Option<String>), AllocatorError> {
         let mut answer = match self {
             Self::Agent(client) => ask_meanwhile(client, request, meanwhile)?,
-            Self::Alone(service) => service.handle(request, clock::now()),
+            Self::Alone(service) => {
+                // An agent has looked when it began. Nobody else has the store meanwhile: what stands, it must know of.
+                service.believe_all(clock::now())?;
+                service.handle(request, clock::now())
+            }
         };
         if let Self::Alone(service) = self
             && lacks_slots(&answer)
@@ -143,7 +147,7 @@ fn ask_meanwhile(
 /// The blocks that are known do not have it.
 fn lacks_slots(answer: &Response) -> bool {
     match answer {
-        Response::Exhausted { .. } => true,
+        Response::Exhausted { .. } | Response::Elsewhere { .. } => true,
         Response::Unavailable { because, .. } => *because == Unavailable::NotOurs,
         Response::Capacity { free, .. } => *free == 0,
         _ => false,
@@ -167,7 +171,7 @@ impl From<AllocatorError> for Failure {
         let code = match &e {
             AllocatorError::Agent(_) => Code::TryAgainLater,
             AllocatorError::Ipam(IpamError::Store(
-                StoreError::Damaged { .. } | StoreError::Lost { .. },
+                StoreError::Damaged { .. } | StoreError::Lost { .. } | StoreError::Older { .. },
             )) => Code::StoreDamaged,
             AllocatorError::Ipam(
                 IpamError::Store(StoreError::Busy { .. }) | IpamError::Overloaded,

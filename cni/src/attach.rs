@@ -205,21 +205,23 @@ fn traffic(wishes: &Wishes) -> Traffic {
             ingress: wishes.ingress.map(limit),
             egress: wishes.egress.map(limit),
         },
-        port_mappings: wishes
-            .ports
-            .iter()
-            .map(|port| PortMapping {
-                host_port: port.host_port,
-                container_port: port.container_port,
-                protocol: match port.protocol {
-                    spec::Transport::Tcp => Transport::Tcp,
-                    spec::Transport::Udp => Transport::Udp,
-                    spec::Transport::Sctp => Transport::Sctp,
-                },
-                host_ip: port.host_ip,
-            })
-            .collect(),
+        port_mappings: port_mappings(wishes),
     }
+}
+
+/// In the agent's words.
+pub(crate) fn port_mappings(wishes: &Wishes) -> Vec<PortMapping> {
+    let mappings = wishes.ports.iter().map(|port| PortMapping {
+        host_port: port.host_port,
+        container_port: port.container_port,
+        protocol: match port.protocol {
+            spec::Transport::Tcp => Transport::Tcp,
+            spec::Transport::Udp => Transport::Udp,
+            spec::Transport::Sctp => Transport::Sctp,
+        },
+        host_ip: port.host_ip,
+    });
+    mappings.collect()
 }
 
 /// Undoes a failed ADD: interfaces, then the slot. Gives what could not be undone; the runtime's DEL will try again.

@@ -6,17 +6,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use kun_cni_core::ipam::{
     Choice, Command, Effect, Ipam, Key, Needs, Owner, Pod, Reply, Rules, Unavailable,
 };
+use kun_cni_core::leaks::Interface;
 use kun_config::types::{BlockId, PodPrefix, Slot, SlotClass};
 use kun_config::{ClusterSource, Config};
 use kun_control::{Allocation, AttachmentKey, Exhausted, Holder, PodRef, Request, Response};
 
-use crate::lost::not_lost;
+use crate::lost::{not_lost, not_older, tagged};
 use crate::rows;
 use crate::spool::Spool;
 use crate::store::{FILE, Store, StoreError};
@@ -65,6 +66,8 @@ pub struct IpamService {
     state_dir: PathBuf,
     spool: Spool,
     open: Mutex<Option<Open>>,
+    /// The store is an older copy: so it stays for as long as this process lives.
+    older: OnceLock<String>,
     queue: Mutex<Queue>,
     answered: Condvar,
 }
@@ -124,6 +127,7 @@ impl IpamService {
             state_dir: state_dir.to_owned(),
             spool: Spool::new(state_dir),
             open: Mutex::new(None),
+            older: OnceLock::new(),
             queue: Mutex::new(Queue::default()),
             answered: Condvar::new(),
         };
@@ -145,6 +149,8 @@ impl IpamService {
                 slot,
                 within,
                 delegated,
+                // For the agent to see, before it asks.
+                ports: _,
             } => {
                 if let Some(refused) = refuse(key, pod) {
                     return refused;
@@ -315,6 +321,24 @@ impl IpamService {
             .map_err(|what| self.store_io(what))
     }
 
+    /// Fails, and so does everything from then on, when one of these interfaces, which were seen before this call, tells that the store is
+    /// an older copy of itself.
+    pub fn believe(&self, interfaces: &[Interface], now: BootTime) -> Result<(), IpamError> {
+        let path = self.state_dir.join(FILE);
+        let believed = self.read(now, |core| not_older(&path, core, interfaces))?;
+        if let Err(StoreError::Older { evidence, .. }) = &believed {
+            self.older.get_or_init(|| evidence.clone());
+            *self.lock_open() = None;
+        }
+        Ok(believed?)
+    }
+
+    /// [`IpamService::believe`] by all interfaces of this network namespace.
+    pub fn believe_all(&self, now: BootTime) -> Result<(), IpamError> {
+        let interfaces = tagged(&self.state_dir.join(FILE))?;
+        self.believe(&interfaces, now)
+    }
+
     /// Looks at the state as it is; for what the methods above do not say.
     pub fn read<T>(&self, now: BootTime, look: impl FnOnce(&Ipam) -> T) -> Result<T, IpamError> {
         let mut guard = self.lock_open();
@@ -355,6 +379,7 @@ impl IpamService {
                     more: None,
                 },
             },
+            Ok(Reply::Elsewhere { class, blocks }) => Response::Elsewhere { class, blocks },
             Ok(Reply::Changed { generation }) => Response::Failed {
                 message: format!(
                     "the slot has generation {generation} by now: look again before you free it"
@@ -458,7 +483,11 @@ impl IpamService {
     }
 
     fn open_store(&self, now: BootTime, wait: Duration) -> Result<Open, IpamError> {
-        not_lost(&self.state_dir.join(FILE), &self.spool, self.prefix)?;
+        let path = self.state_dir.join(FILE);
+        if let Some(evidence) = self.older.get().cloned() {
+            return Err(StoreError::Older { path, evidence }.into());
+        }
+        not_lost(&path, &self.spool, self.prefix)?;
         let store = Store::open(&self.state_dir, wait)?;
         let (core, owed) =
             Ipam::load(store.load()?, self.rules, self.boot, now).map_err(|e| store.damaged(e))?;

@@ -205,18 +205,32 @@ impl Sight {
         self.links
             .values()
             .filter_map(|link| {
-                let alias = link.alias.as_deref()?;
-                let key = key_in(alias)?;
-                Some(Interface {
-                    index: link.index,
-                    name: link.name.clone(),
-                    generation: generation_in(alias, &key)?,
-                    key,
-                    slots: slots.get(&link.index).cloned().unwrap_or_default(),
-                })
+                let slots = slots.get(&link.index).cloned().unwrap_or_default();
+                interface(link, slots)
             })
             .collect()
     }
+}
+
+/// The interfaces that carry kun's tag, by themselves: one dump, whatever leads to them. One that comes or goes meanwhile may hide another.
+pub(crate) fn tagged() -> Result<Vec<Interface>, NetlinkError> {
+    let links = Rtnl::open()?.links()?;
+    let tagged = links
+        .iter()
+        .filter_map(|link| interface(link, BTreeSet::new()));
+    Ok(tagged.collect())
+}
+
+fn interface(link: &Link, slots: BTreeSet<Slot>) -> Option<Interface> {
+    let alias = link.alias.as_deref()?;
+    let key = key_in(alias)?;
+    Some(Interface {
+        index: link.index,
+        name: link.name.clone(),
+        generation: generation_in(alias, &key)?,
+        key,
+        slots,
+    })
 }
 
 /// How many attachments have a slot and interfaces of kun's making, and of how many of these an interface is among the given.

@@ -84,6 +84,9 @@ fn verb(
     network: &NetworkConfig,
     config: &Config,
 ) -> Result<Option<Success>, Failure> {
+    if let Invocation::Add(..) = invocation {
+        network.require_short_name()?;
+    }
     match (invocation, &network.role) {
         (Invocation::Add(attachment, netns), Role::Main) => {
             attach::add(attachment, netns, network, config).map(Some)

@@ -1,5 +1,6 @@
 //! `kunctl ipam rebuild`: puts a new store in the place of a damaged one, from the tags of this node's interfaces and from what
-//! the container runtime's CNI library remembers (`/var/lib/cni/results`). A store that is sound and not empty is left alone.
+//! the container runtime's CNI library remembers (`/var/lib/cni/results`). A store that is sound,
+//! no older copy of itself, and not empty is left alone.
 //!
 //! The damaged file is kept under another name. Nothing is changed before everything was read and fits together.
 
@@ -9,7 +10,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kun_cni_core::ipam::{Key, Owner, Pod};
+use kun_cni_core::ipam::{Ipam, Key, Owner, Pod, Rules, Snapshot};
 use kun_cni_core::rebuild::{Found, RebuildError as Contradiction, rebuild as plan};
 use kun_config::Config;
 use kun_config::types::{PodPrefix, Slot};
@@ -17,6 +18,7 @@ use serde_json::Value;
 
 use crate::clock::{self, ClockError};
 use crate::look::Sight;
+use crate::lost::{not_older, tagged};
 use crate::netlink::NetlinkError;
 use crate::store::{FILE, Store, StoreError};
 
@@ -87,11 +89,13 @@ pub fn rebuild(config: &Config, results: &Path) -> Result<Rebuilt, RebuildError>
         move |source| RebuildError::Io { path, source }
     };
     let there = path.exists();
-    // One that is sound and empty stays ours until another is in its place.
+    // One that can be read stays ours until another is in its place.
     let _held = match there.then(|| read(directory)) {
         None | Some(Err(StoreError::Damaged { .. })) => None,
-        Some(Ok((store, true))) => Some(store),
-        Some(Ok((_, false))) => return Err(RebuildError::Sound { path }),
+        Some(Ok((_, snapshot))) if !snapshot.records.is_empty() && is_sound(&path, &snapshot)? => {
+            return Err(RebuildError::Sound { path });
+        }
+        Some(Ok((store, _))) => Some(store),
         Some(Err(e)) => return Err(e.into()),
     };
     let found = find(config, results)?;
@@ -119,11 +123,19 @@ pub fn rebuild(config: &Config, results: &Path) -> Result<Rebuilt, RebuildError>
     })
 }
 
-/// The store, and whether nothing is in it.
-fn read(directory: &Path) -> Result<(Store, bool), StoreError> {
+/// The store, and what is in it.
+fn read(directory: &Path) -> Result<(Store, Snapshot), StoreError> {
     let store = Store::open(directory, Duration::ZERO)?;
-    let empty = store.load()?.records.is_empty();
-    Ok((store, empty))
+    let snapshot = store.load()?;
+    Ok((store, snapshot))
+}
+
+/// Whether an agent would take it: it contradicts neither itself nor the interfaces that stand.
+fn is_sound(path: &Path, snapshot: &Snapshot) -> Result<bool, RebuildError> {
+    let interfaces = tagged(path)?;
+    let rules = Rules::time_alone(Duration::ZERO);
+    let loaded = Ipam::load(snapshot.clone(), rules, clock::boot()?, clock::now());
+    Ok(loaded.is_ok_and(|(core, _)| not_older(path, &core, &interfaces).is_ok()))
 }
 
 /// Attachments by the kernel, and by the runtime where no interface of ours tells.

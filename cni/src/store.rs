@@ -83,6 +83,17 @@ pub enum StoreError {
         /// Releases in the spool.
         releases: usize,
     },
+    /// It is whole, and was put there from an earlier time.
+    #[error(
+        "{}: the store is an older copy of itself: {evidence}; it is left as it is: `kunctl ipam rebuild` makes a new one from the interfaces of this node's pods",
+        path.display()
+    )]
+    Older {
+        /// The file.
+        path: PathBuf,
+        /// By what that was seen.
+        evidence: String,
+    },
     /// Reading or writing failed.
     #[error("{}: {what}", path.display())]
     Io {

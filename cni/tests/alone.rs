@@ -83,6 +83,7 @@ fn leave(node: &Node, free: u32) {
             slot: Some(Slot(u32::from(Ipv4Addr::from(DUAL)) + number)),
             within: Vec::new(),
             delegated: true,
+            ports: Vec::new(),
         };
         let answer = service.handle(&request, clock::now());
         assert!(matches!(answer, Response::Allocation { .. }), "{answer:?}");

@@ -110,6 +110,45 @@ fn an_address_out_of_a_range_and_a_hardware_address_by_wish() {
     assert!(neighbours.contains("02:00:00:00:be:ef"), "{neighbours}");
 }
 
+/// With the store and with the agent.
+#[test]
+fn ranges_that_lie_elsewhere_are_named_with_the_blocks_that_the_node_has() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    let table = [
+        (
+            true,
+            json!([[{"subnet": "10.65.0.0/24", "rangeStart": "10.65.0.9"}]]),
+            "ipRanges 10.65.0.9-10.65.0.255: this node has none of these addresses; of slots with IPv4 it gives out 10.64.0.0/26 and fd00:64::a40:0/122: ask for a range in those, or for none",
+        ),
+        (
+            false,
+            json!([[{"subnet": "fd00:64::f001:0/120"}]]),
+            "ipRanges fd00:64::f001:0-fd00:64::f001:ff: this node has none of these addresses; of IPv6-only slots it gives out fd00:64::f000:40/122: ask for a range in those, or for none",
+        ),
+    ];
+    let refused = |id: &str| {
+        for (ipv4, ranges, words) in &table {
+            let error = add(&node, &Pod::new(id, *ipv4), json!({"ipRanges": ranges})).unwrap_err();
+            assert_eq!((&error["code"], details(&error)), (&json!(7), *words));
+        }
+    };
+    refused("alone");
+    let agent = node.agent(2);
+    refused("agent");
+    agent.join().unwrap();
+    // One that is in use, or cools, is waited for.
+    let pod = Pod::new("c1", true);
+    let one = json!({"ipRanges": [[{"subnet": "10.64.0.0/24", "rangeStart": "10.64.0.63"}]]});
+    add(&node, &pod, one.clone()).unwrap();
+    let error = add(&node, &Pod::new("c2", true), one).unwrap_err();
+    assert_eq!(error["code"], 11, "{error}");
+    node.del(&pod).unwrap();
+    assert_eq!(node.leavings(), "");
+}
+
 #[test]
 fn limits_and_host_ports_reach_the_agent_and_are_refused_without_one() {
     if !require_root() {
@@ -353,8 +392,24 @@ fn refusals_name_the_thing_and_the_remedy() {
     let file = node.config.display().to_string();
     let mut wrong = pod.network(&node);
     wrong["kunConfig"] = "/nonexistent/kun.yaml".into();
+    let mut long = pod.network(&node);
+    long["name"] = "n".repeat(97).into();
     let netns = pod.netns.path().display().to_string();
+    let mut of_long = vars(&netns, "eth0");
+    of_long[1].1 = "c".repeat(241);
     let table = [
+        (
+            of_long.clone(),
+            pod.network(&node),
+            4,
+            "CNI_CONTAINERID has 241 bytes; it has at most 96: it stands in the aliases of the container's interfaces, beside the network's name".to_owned(),
+        ),
+        (
+            vars(&netns, "eth0"),
+            long.clone(),
+            7,
+            "name: 97 bytes; a network's name has at most 96: it stands in the aliases of pods' interfaces, beside the container's id".to_owned(),
+        ),
         (
             vars("/run/netns/gone", "eth0"),
             pod.network(&node),
@@ -399,6 +454,13 @@ fn refusals_name_the_thing_and_the_remedy() {
         assert_eq!(error["code"], code, "{error}");
         assert_eq!(details(&error), words);
         assert_eq!(error["cniVersion"], "1.1.0");
+    }
+    // DEL works, also of what an earlier version made.
+    for (mut vars, network) in [(of_long, pod.network(&node)), (vars(&netns, "eth0"), long)] {
+        vars[0].1 = "DEL".to_owned();
+        let vars: Vec<(&str, &str)> = vars.iter().map(|(n, v)| (*n, v.as_str())).collect();
+        let out = node.execute(&vars, network.to_string().as_bytes());
+        assert_eq!(node::answer(&out), Ok(None));
     }
     assert_eq!(node.leavings(), "");
 }

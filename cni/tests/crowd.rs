@@ -91,6 +91,7 @@ fn member() {
             slot: None,
             within: Vec::new(),
             delegated: false,
+            ports: Vec::new(),
         };
         match allocate_one(directory, &allocate) {
             Response::Allocation { allocation: a } => (a.slot.0, a.generation),

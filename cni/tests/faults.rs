@@ -44,6 +44,7 @@ fn allocated(node: &Node, pod: &Pod) -> Facts {
         slot: None,
         within: Vec::new(),
         delegated: false,
+        ports: Vec::new(),
     };
     let Response::Allocation { allocation } = node.service().handle(&request, clock::now()) else {
         panic!("no slot");
@@ -219,6 +220,7 @@ fn exhaustion_says_when_to_come_again() {
             slot: None,
             within: Vec::new(),
             delegated: false,
+            ports: Vec::new(),
         };
         service.handle(&request, clock::now());
         if i == 0 {
@@ -298,6 +300,7 @@ fn with_an_agent_the_store_is_the_agents() {
             slot: None,
             within: Vec::new(),
             delegated: false,
+            ports: Vec::new(),
         },
         Request::Attached {
             key: key(&pod),
@@ -500,6 +503,7 @@ fn what_many_callers_were_told_is_in_the_store() {
                                 slot: None,
                                 within: Vec::new(),
                                 delegated: false,
+                                ports: Vec::new(),
                             };
                             let response = service.handle(&allocate, clock::now());
                             let Response::Allocation { allocation } = response else {

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU16, NonZeroU64};
 use std::path::Path;
 
-use kun_config::types::{Slot, SlotClass};
+use kun_config::types::{BlockId, Slot, SlotClass};
 use serde::{Deserialize, Serialize};
 
 mod addresses;
@@ -177,6 +177,10 @@ pub enum Request {
         /// nothing, so only DEL, GC or a person takes it back.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         delegated: bool,
+        /// The host ports that `Attached` will ask for. One that another pod has is refused before there is a slot: whoever tries
+        /// again and again spends none on it.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        ports: Vec<PortMapping>,
     },
     /// Which slots the pods of a namespace get that do not say.
     Class {
@@ -284,6 +288,13 @@ pub enum Response {
         slot: Slot,
         /// Why not.
         because: Unavailable,
+    },
+    /// Allocate with `within` that no block of this node has a part in.
+    Elsewhere {
+        /// Of this class.
+        class: SlotClass,
+        /// It gives out these.
+        blocks: Vec<BlockId>,
     },
     /// Lookup of an unknown key.
     Unknown,

@@ -1,6 +1,7 @@
 //! The lines on the wire, byte for byte in both directions, and what the client makes of an agent that misbehaves.
 
 use std::io::{BufRead, BufReader, Write};
+use std::net::Ipv4Addr;
 use std::num::{NonZeroU16, NonZeroU64};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -49,6 +50,7 @@ fn requests() {
             slot: None,
             within: Vec::new(),
             delegated: false,
+            ports: Vec::new(),
         },
         &format!(r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":"v6-only"}}"#),
     );
@@ -71,9 +73,15 @@ fn requests() {
                 last: Slot(2),
             }],
             delegated: true,
+            ports: vec![PortMapping {
+                host_port: NonZeroU16::MIN,
+                container_port: NonZeroU16::MAX,
+                protocol: Transport::Tcp,
+                host_ip: None,
+            }],
         },
         &format!(
-            r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":null,"slot":171966465,"within":[{{"first":1,"last":2}}],"delegated":true}}"#
+            r#"{{"op":"allocate","key":{KEY},"pod":{POD},"class":null,"slot":171966465,"within":[{{"first":1,"last":2}}],"delegated":true,"ports":[{{"hostPort":1,"containerPort":65535,"protocol":"tcp","hostIp":null}}]}}"#
         ),
     );
     let traffic = Traffic {
@@ -217,6 +225,13 @@ fn answers() {
         );
     }
     golden(&Response::Unknown, r#"{"is":"unknown"}"#);
+    golden(
+        &Response::Elsewhere {
+            class: SlotClass::Dual,
+            blocks: vec![BlockId::new(Slot::from(Ipv4Addr::new(10, 64, 0, 0))).unwrap()],
+        },
+        r#"{"is":"elsewhere","class":"dual","blocks":[171966464]}"#,
+    );
     golden(
         &Response::Exhausted {
             exhausted: Exhausted {

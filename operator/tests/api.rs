@@ -306,6 +306,41 @@ fn a_leader_that_was_frozen_writes_nothing_when_it_thaws() {
     );
 }
 
+/// By it a person tells whether what a status says is about the pool as it is now.
+#[test]
+fn a_pools_status_names_the_generation_that_it_is_about() {
+    let Some(cluster) = Cluster::start() else {
+        return;
+    };
+    let operator = cluster.operator("op-0", "");
+    let pool = || cluster.get("ippools").pop().unwrap();
+    let generation = || pool()["metadata"]["generation"].as_i64().unwrap();
+    // The generation that status and conditions are about, if they are of one mind, and whether the pool gives out.
+    let said = || {
+        let status = pool()["status"].clone();
+        let conditions = status["conditions"].as_array()?.clone();
+        let about = status["observedGeneration"].as_i64()?;
+        let ready = conditions.iter().find(|c| c["type"] == "Ready")?["status"] == "True";
+        let of_one_mind = (conditions.iter()).all(|c| c["observedGeneration"] == about);
+        (of_one_mind && conditions.len() == 2).then_some((about, ready))
+    };
+    let says = |what: &str, wanted: (i64, bool)| {
+        wait_for(what, SOON, || (said() == Some(wanted)).then_some(()))
+            .unwrap_or_else(|e| panic!("{e:#}: {}\n{}", pool(), operator.log()));
+    };
+    says("the first status", (1, true));
+    let closed = POOL.replace("spec:", "spec:\n  closed: true");
+    cluster.apply(&closed);
+    assert_eq!(generation(), 2);
+    says("a pool that is closed", (2, false));
+    // What nobody has looked at yet is not claimed.
+    operator.process.signal(Signal::STOP).unwrap();
+    cluster.apply(POOL);
+    assert_eq!((generation(), said()), (3, Some((2, false))));
+    operator.process.signal(Signal::CONT).unwrap();
+    says("a pool that is open again", (3, true));
+}
+
 #[test]
 fn blocks_come_back_when_the_node_object_is_gone_and_not_before() {
     let Some(cluster) = Cluster::start() else {

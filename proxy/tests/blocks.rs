@@ -43,6 +43,7 @@ fn ask_for(node: &Node, container: &str, namespace: &str, class: Option<SlotClas
         slot: None,
         within: Vec::new(),
         delegated: true,
+        ports: Vec::new(),
     })
 }
 

@@ -91,6 +91,7 @@ fn member() {
             within: Vec::new(),
             // Else it would be let go again, for want of an interface.
             delegated: true,
+            ports: Vec::new(),
         };
         match asker.borrow_mut().ask(&allocate) {
             Response::Allocation { allocation: a } => (a.slot.0, a.generation),

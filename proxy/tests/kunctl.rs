@@ -279,11 +279,15 @@ fn a_damaged_store_is_refused_by_all_and_rebuilt_under_living_pods() {
     ] {
         node.fabric.exec(&format!("route add {route}")).unwrap();
     }
-    let (one, two, gone) = (node.server("one"), node.server("two"), node.pod("gone"));
+    let store = node.path("state").join("ipam.redb");
+    let one = node.server("one");
+    node.terminate();
+    let older = fs::read(&store).unwrap();
+    node.spawn();
+    let (two, gone) = (node.server("two"), node.pod("gone"));
     let went = gone.v6;
     node.remove(gone);
     node.terminate();
-    let store = node.path("state").join("ipam.redb");
     let good = fs::read(&store).unwrap();
     let to: Vec<SocketAddr> = [&one, &two]
         .iter()
@@ -308,6 +312,10 @@ fn a_damaged_store_is_refused_by_all_and_rebuilt_under_living_pods() {
                 );
                 rebuilt(&node, what);
             }
+            // Whole, and of an earlier time: of one pod it knows nothing, and would give its address to the next.
+            fs::write(&store, &older).unwrap();
+            refused(&node, "an older copy");
+            rebuilt(&node, "an older copy");
         }));
         stop.store(true, Ordering::Relaxed);
         let failed = client.join().unwrap();
@@ -342,6 +350,45 @@ fn a_damaged_store_is_refused_by_all_and_rebuilt_under_living_pods() {
     for address in addresses {
         assert_eq!(row(&node, address.into()).unwrap().state, "cooling");
     }
+}
+
+/// A disk that is rolled back under an agent, or an agent that could see no interfaces when it began.
+#[test]
+fn an_agent_that_sees_what_its_store_cannot_have_made_gives_no_more_addresses() {
+    let Some(mut node) = Node::prepare_beside("older") else {
+        return;
+    };
+    node.spawn();
+    let one = node.pod("one");
+    let generation = row(&node, one.v6.into()).unwrap().generation;
+    node.netns
+        .exec("link add kun-later type veth peer name later")
+        .unwrap();
+    let alias = format!("kun:{}:kun/container-later/eth0", generation + 1);
+    node.netns
+        .exec(&format!("link set kun-later alias {alias}"))
+        .unwrap();
+    wait_for("the next look", SOON, || {
+        let log = node.log();
+        log.contains("no address is given any more").then_some(())
+    })
+    .unwrap();
+    let refusal = node.try_pod("two", &json!({})).unwrap_err();
+    for part in [
+        "older copy",
+        "kun-later of container container-later",
+        "`kunctl ipam rebuild`",
+    ] {
+        assert!(refusal.contains(part), "{refusal}");
+    }
+    // DEL works, and what it gives back waits for a store that can be believed.
+    node.remove(one);
+    assert_eq!(fs::read_dir(node.path("state/spool")).unwrap().count(), 1);
+    // Without the evidence the next one begins as ever.
+    node.netns.exec("link del kun-later").unwrap();
+    node.terminate();
+    node.spawn();
+    node.pod("three");
 }
 
 /// The two have what they had.

@@ -227,6 +227,35 @@ fn a_port_is_one_pods_and_the_next_ones_from_its_first_datagram() {
     }
 }
 
+/// A runtime tries again every few seconds, and with another container each time: the slots of a node would all cool in the end.
+#[test]
+fn a_pod_whose_port_is_taken_uses_up_no_slots() {
+    let Some(node) = Node::start("portslots") else {
+        return;
+    };
+    let one = node.server_with("one", &ports());
+    let in_use = || {
+        let Response::Ipam { slots, .. } = node.ask(&Request::Ipam) else {
+            panic!("no rows");
+        };
+        let rows = slots.into_iter();
+        rows.map(|row| (row.key.container_id, row.state, row.generation))
+            .collect::<Vec<_>>()
+    };
+    let before = in_use();
+    assert_eq!(before.len(), 1);
+    for attempt in 0..3 {
+        let netns = Netns::new(&format!("portslots-{attempt}")).unwrap();
+        let (done, said) = node.cni("ADD", &format!("try-{attempt}"), &netns, &ports());
+        assert!(!done && said.contains("default/one"), "{said}");
+        let links = netns.exec("-o link show").unwrap();
+        assert!(!links.contains("eth0"), "an interface stays: {links}");
+    }
+    assert_eq!(in_use(), before);
+    node.remove(one);
+    node.server_with("two", &ports());
+}
+
 #[test]
 fn host_ports_outlive_the_agent_and_not_their_pod() {
     let Some(mut node) = Node::start("hostlife") else {

@@ -8,6 +8,7 @@ pub mod claims;
 pub mod ipam;
 pub mod leaks;
 pub mod names;
+pub mod older;
 pub mod plan;
 pub mod rebuild;
 pub mod spec;

@@ -3,9 +3,14 @@
 
 use crate::ipam::Key;
 use crate::plan::Mac;
+use crate::spec::{MAX_IDENTIFIER, MAX_IFNAME};
 
 /// IFALIASZ without its closing zero.
 const MAX_ALIAS: usize = 255;
+
+/// `kun:`, the last generation, `,` and an address, `:`, the key with its two `/`: no tag of what ADD takes is cut off, and one that
+/// was fills all of it.
+const _: () = assert!(4 + 20 + 13 + 1 + 2 * MAX_IDENTIFIER + 2 + MAX_IFNAME < MAX_ALIAS);
 
 /// The generation in the tag of an interface whose slot is not known yet. No slot has it: the first allocation is of generation 1.
 pub const UNFINISHED: u64 = 0;
@@ -108,6 +113,14 @@ mod tests {
             (mac_in(&text), mac_in(&of(&key, 7, None))),
             (Some(mac), None)
         );
+        let longest = Key {
+            container_id: "c".repeat(MAX_IDENTIFIER),
+            ifname: "i".repeat(MAX_IFNAME),
+            network: "n".repeat(MAX_IDENTIFIER),
+        };
+        let text = of(&longest, u64::MAX, Some(mac));
+        assert_eq!(key_in(&text), Some(longest), "{text}");
+        // Made by an earlier version, which took longer ones.
         key.container_id = "c".repeat(400);
         assert_eq!(of(&key, 7, None).len(), MAX_ALIAS);
         assert_eq!(generation_in(&of(&key, 7, None), &key), Some(7));

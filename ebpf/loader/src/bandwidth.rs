@@ -113,7 +113,7 @@ impl BandwidthDataplane {
 
     /// Removes what any agent of this ABI has pinned below `bpffs_root` and put on these interfaces: no limit holds any more.
     pub fn remove(bpffs_root: &Path, interfaces: &[String]) -> Result<(), Error> {
-        remove_filters(interfaces, &PROGRAMS);
+        remove_filters(interfaces, &PROGRAMS, Order::First)?;
         Pins::remove(bpffs_root, OBJECT)
     }
 

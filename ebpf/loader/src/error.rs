@@ -85,6 +85,16 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A filter of ours cannot be taken off an interface.
+    #[error("cannot take the filter {program} off {interface}: {source}")]
+    Detach {
+        /// Its program.
+        program: String,
+        /// The interface.
+        interface: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// A map operation.
     #[error("map {map}: {operation}: {source}")]
     Map {

@@ -11,9 +11,12 @@ use aya::programs::tc::{
 };
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 
+use crate::filters::{self, Mark};
+use crate::object::Direction;
+
 /// The clsact filter that is ours: priority and handle.
 const PRIORITY: u16 = 0x6b;
-const HANDLE: TcHandle = TcHandle::new(0, 0x6b);
+const HANDLE: u16 = 0x6b;
 
 /// By which mechanism a classifier is attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +63,8 @@ pub(crate) fn attach(
             Err(_) => {}
         }
     }
-    clsact(program, interface, direction, PRIORITY, HANDLE).map_err(|source| {
+    let handle = TcHandle::new(0, HANDLE);
+    clsact(program, interface, direction, PRIORITY, handle).map_err(|source| {
         HookError::Attach {
             interface: interface.to_owned(),
             source,
@@ -170,7 +174,14 @@ fn exists(e: &TcError) -> bool {
 }
 
 /// Removes what [`attach`] made; an interface or pin that is gone is no error.
-pub(crate) fn detach(program: &str, interface: &str, direction: TcAttachType, pin: &Path) {
+pub(crate) fn detach(program: &str, interface: &str, direction: Direction, pin: &Path) {
     let _ = fs::remove_file(pin);
-    let _ = aya::programs::tc::qdisc_detach_program(interface, direction, program);
+    let mark = Mark {
+        priority: PRIORITY,
+        handle: HANDLE,
+        program,
+    };
+    if let Err(error) = filters::remove(interface, direction, &mark) {
+        tracing::warn!(interface, program, %error, "a filter stays");
+    }
 }

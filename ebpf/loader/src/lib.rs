@@ -7,6 +7,7 @@
 mod bandwidth;
 mod error;
 mod features;
+mod filters;
 mod hook;
 mod maps;
 pub mod nat64;
@@ -22,7 +23,7 @@ pub use hook::{HookError, Mechanism};
 pub use maps::{Capacities, Expired, FlowRecords, PeerWay, ServiceMaps};
 pub use nat64::{Nat64Config, Nat64Dataplane, Nat64Error, Nat64Stats, Nat64Warning};
 pub use object::{Adopted, FIRST_FILTERS, LAST_FILTERS};
-pub use pins::KeptCapacity;
+pub use pins::{KeptCapacity, remove_other_versions};
 pub use service::{Hook, ServiceConfig, ServiceDataplane};
 pub use sys::{Ran, account_run_time};
 

@@ -26,6 +26,7 @@ use kun_ebpf_abi::{ABI_VERSION, Addr};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::hook::{self, HookError, Mechanism};
+use crate::object::Direction;
 use crate::pins::file_name;
 use crate::sys::{self, Plain};
 
@@ -408,7 +409,7 @@ impl Nat64Dataplane {
     /// Takes the program off the uplink. The maps stay pinned.
     pub fn detach(&mut self, uplink: &str) {
         let pin = self.pin("link", uplink);
-        hook::detach(PROGRAM, uplink, TcAttachType::Ingress, &pin);
+        hook::detach(PROGRAM, uplink, Direction::Ingress, &pin);
         let _ = fs::remove_file(self.pin("steps", uplink));
     }
 

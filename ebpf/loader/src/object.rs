@@ -13,10 +13,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use aya::programs::tc::TcHandle;
-use aya::programs::{Program, ProgramError, SchedClassifier, TcAttachType, tc};
+use aya::programs::{Program, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader, GlobalData};
 
 use crate::features::Features;
+use crate::filters::{self, Mark};
 use crate::pins::{KeptCapacity, MapSpec, Pins};
 use crate::{Error, hook, sys};
 
@@ -24,6 +25,9 @@ use crate::{Error, hook, sys};
 pub const FIRST_FILTERS: u16 = 106;
 /// See [`FIRST_FILTERS`].
 pub const LAST_FILTERS: u16 = 107;
+
+/// The handle of our filters within their priority.
+const HANDLE: u16 = 1;
 
 /// Where in an interface's chain of programs an object's are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -320,7 +324,7 @@ impl Object {
             return Err(absent);
         };
         let classifier: &mut SchedClassifier = classifier.try_into().map_err(fault)?;
-        let (priority, handle) = (self.order.clsact_priority(), TcHandle::new(0, 1));
+        let (priority, handle) = (self.order.clsact_priority(), TcHandle::new(0, HANDLE));
         hook::clsact(classifier, interface, direction.clsact(), priority, handle).map_err(fault)
     }
 
@@ -330,23 +334,53 @@ impl Object {
         interface: &str,
         programs: &[(&str, Direction)],
     ) -> Result<(), Error> {
-        for (program, direction) in programs {
+        for (program, _) in programs {
             unpin(&self.pins.link(program, Some(interface)))?;
-            // Not there, or no such interface: nothing to detach.
-            let _ = tc::qdisc_detach_program(interface, direction.clsact(), program);
         }
-        Ok(())
+        remove_filters_of(interface, programs, self.order)
     }
 }
 
-/// Removes an object's filters, known by their programs' names, from these interfaces of the current network namespace.
-pub(crate) fn remove_filters(interfaces: &[String], programs: &[(&str, Direction)]) {
-    for interface in interfaces {
-        for (program, direction) in programs {
-            // Not there, or the interface is gone: nothing to remove.
-            let _ = tc::qdisc_detach_program(interface, direction.clsact(), program);
+/// Removes an object's filters from these interfaces of the current network namespace.
+pub(crate) fn remove_filters(
+    interfaces: &[String],
+    programs: &[(&str, Direction)],
+    order: Order,
+) -> Result<(), Error> {
+    interfaces
+        .iter()
+        .try_for_each(|interface| remove_filters_of(interface, programs, order))
+}
+
+fn remove_filters_of(
+    interface: &str,
+    programs: &[(&str, Direction)],
+    order: Order,
+) -> Result<(), Error> {
+    for (program, direction) in programs {
+        let mark = Mark {
+            priority: order.clsact_priority(),
+            handle: HANDLE,
+            program,
+        };
+        match filters::remove(interface, *direction, &mark) {
+            Ok(_) => {}
+            // It went meanwhile, alone or with its interface.
+            Err(e)
+                if matches!(
+                    e.raw_os_error(),
+                    Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)
+                ) => {}
+            Err(source) => {
+                return Err(Error::Detach {
+                    program: (*program).to_owned(),
+                    interface: interface.to_owned(),
+                    source,
+                });
+            }
         }
     }
+    Ok(())
 }
 
 /// Removes a pin; one that is not there is no fault.

@@ -1,7 +1,7 @@
 //! Where maps and links are pinned, and whether what is pinned there can be taken over.
 //!
 //! `<bpffs_root>/v{ABI}/<object>/maps/<map>` and `…/links/<program>[:<interface>]`. The ABI version is in the path, so another
-//! version finds nothing and starts empty. bpffs refuses dots in names; an interface's dot is written `%2E`.
+//! version finds nothing and starts empty; what it replaces it removes once it serves itself. bpffs refuses dots in names; an interface's dot is written `%2E`.
 
 use std::fs;
 use std::io;
@@ -36,6 +36,38 @@ pub struct KeptCapacity {
     pub has: u32,
     /// What was asked for.
     pub wanted: u32,
+}
+
+/// Removes what agents of other ABI versions have pinned below `root`: their links detach, their maps are freed. Gives the
+/// versions. For when this version's programs do all that theirs did. One that is killed meanwhile leaves a version's directory,
+/// which goes last, to the next.
+pub fn remove_other_versions(root: &Path) -> Result<Vec<u32>, Error> {
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::Path { path, source }
+    };
+    let entries = match fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(at(root)(e)),
+    };
+    let mut removed = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(at(root))?;
+        let name = entry.file_name();
+        let version = name.to_str().and_then(|name| name.strip_prefix('v'));
+        // Anything else there is not ours.
+        let Some(version) = version.and_then(|digits| digits.parse().ok()) else {
+            continue;
+        };
+        if version != ABI_VERSION {
+            let path = entry.path();
+            fs::remove_dir_all(&path).map_err(at(&path))?;
+            removed.push(version);
+        }
+    }
+    removed.sort_unstable();
+    Ok(removed)
 }
 
 /// The directories of one object.

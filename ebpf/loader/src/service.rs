@@ -144,8 +144,8 @@ impl ServiceDataplane {
 
     /// Removes what any agent of this ABI has pinned below `bpffs_root` and put on these interfaces: programs detach, maps are freed.
     pub fn remove(bpffs_root: &Path, interfaces: &[String]) -> Result<(), Error> {
-        remove_filters(interfaces, &POD);
-        remove_filters(interfaces, &UPLINK);
+        remove_filters(interfaces, &POD, Order::Last)?;
+        remove_filters(interfaces, &UPLINK, Order::Last)?;
         Pins::remove(bpffs_root, OBJECT)
     }
 

@@ -41,6 +41,79 @@ fn index(name: &str) -> u32 {
     rustix::net::netdevice::name_to_index(&socket, name).unwrap()
 }
 
+/// Where an object's file lies.
+fn prebuilt(object: &str) -> String {
+    format!("{}/prebuilt/{object}.o", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Filters of an interface's egress: `pref P` and the program.
+fn egress_filters(netns: &Netns, name: &str) -> Vec<String> {
+    let mut tc = Command::new("tc");
+    tc.args(["filter", "show", "dev", name, "egress"]);
+    let shown = String::from_utf8(netns.output(tc).unwrap().stdout).unwrap();
+    let words = shown.lines().filter(|line| line.contains("handle"));
+    words
+        .map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let at = |word: &str| words.iter().position(|w| *w == word).unwrap();
+            format!("{} {}", words[at("pref") + 1], words[at("handle") + 2])
+        })
+        .collect()
+}
+
+/// Names of programs are anybody's.
+#[test]
+fn a_filter_of_somebody_elses_with_a_name_and_priority_of_ours_stays() {
+    use aya::programs::tc::{NlOptions, TcAttachOptions, TcHandle};
+    use aya::programs::{SchedClassifier, TcAttachType};
+
+    if !require_root() || !require_tool("ip") || !require_tool("tc") {
+        return;
+    }
+    let bpffs = BpfFs::new().unwrap();
+    let netns = Netns::new("others").unwrap();
+    netns
+        .exec("link add pod type veth peer name other")
+        .unwrap();
+    let (mut plane, _) = BandwidthDataplane::open(bpffs.path(), false).unwrap();
+    netns.run(|| plane.attach("pod")).unwrap();
+    let mut theirs = aya::EbpfLoader::new()
+        .load_file(prebuilt("bandwidth"))
+        .unwrap();
+    let program: &mut SchedClassifier = theirs
+        .program_mut("limit_egress")
+        .unwrap()
+        .try_into()
+        .unwrap();
+    program.load().unwrap();
+    // Our name and handle at a priority of theirs; our name and priority at a handle of theirs.
+    for (priority, handle) in [(5, 1), (106, 2)] {
+        let options = TcAttachOptions::Netlink(NlOptions {
+            priority,
+            handle: TcHandle::new(0, handle),
+            classid: None,
+        });
+        netns.run(|| {
+            let id = program
+                .attach_with_options("pod", TcAttachType::Egress, options)
+                .unwrap();
+            std::mem::forget(program.take_link(id).unwrap());
+        });
+    }
+    let all = egress_filters(&netns, "pod");
+    assert_eq!(all.len(), 3, "{all:?}");
+    let left = ["5 limit_egress", "106 limit_egress"];
+    // What takes one pod's limit away, and what takes everything away.
+    netns.run(|| plane.detach("pod")).unwrap();
+    assert_eq!(egress_filters(&netns, "pod"), left);
+    netns.run(|| plane.attach("pod")).unwrap();
+    let interfaces = ["pod".to_owned(), "gone".to_owned()];
+    netns
+        .run(|| BandwidthDataplane::remove(bpffs.path(), &interfaces))
+        .unwrap();
+    assert_eq!(egress_filters(&netns, "pod"), left);
+}
+
 /// A node, something outside, and pods with IPv6 on eth0 and IPv4 on eth1.
 struct Net {
     node: Netns,

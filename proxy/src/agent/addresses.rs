@@ -74,6 +74,10 @@ impl Leaks {
             .ok()?;
         let prefix = answers.ipam.prefix();
         let interfaces = sight.interfaces(prefix);
+        if let Err(error) = answers.ipam.believe(&interfaces, now) {
+            tracing::error!(%error, "no address is given any more");
+            return None;
+        }
         let (live, standing) = answers
             .ipam
             .read(now, |core| look::standing(core, &interfaces))

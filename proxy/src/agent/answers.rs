@@ -91,8 +91,21 @@ impl Answers {
         }
     }
 
-    /// Whoever gets nothing hears what became of the wish for more.
+    /// Whoever gets nothing hears what became of the wish for more. Host ports are looked at before there is a slot, which would
+    /// have to cool; another pod may still have taken one when `Attached` asks for it.
     fn allocate(&self, request: &Request) -> Response {
+        if let Request::Allocate {
+            key, pod, ports, ..
+        } = request
+            && !ports.is_empty()
+        {
+            let attachment = Box::new(Attachment::wish(key, pod, ports));
+            match self.ask_dataplane(|reply| Message::Refuses { attachment, reply }) {
+                Ok(None) => {}
+                Ok(Some(refused)) => return failed(refused),
+                Err(response) => return *response,
+            }
+        }
         let mut request = request.clone();
         if let Request::Allocate { class, pod, .. } = &mut request {
             *class = class.or_else(|| self.class(&pod.namespace));

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use kun_cluster::Protocol;
-use kun_control::{Allocation, AttachmentKey, PortMapping, Traffic, Transport};
+use kun_control::{Allocation, AttachmentKey, PodRef, PortMapping, Traffic, Transport};
 use kun_proxy_core::{HostPort, HostPorts, host_port_name};
 
 /// An attachment, and all that is to be done for it.
@@ -25,20 +25,29 @@ pub(crate) struct Attachment {
 impl Attachment {
     /// Of an allocation.
     pub(crate) fn new(allocation: &Allocation, interfaces: Vec<String>, traffic: Traffic) -> Self {
-        let pod = &allocation.pod;
         Self {
             key: allocation.key.clone(),
-            pod: if pod.name.is_empty() {
-                allocation.key.container_id.clone()
-            } else {
-                format!("{}/{}", pod.namespace, pod.name)
-            },
+            pod: shown(&allocation.pod, &allocation.key),
             addresses: [IpAddr::V6(allocation.v6)]
                 .into_iter()
                 .chain(allocation.v4.map(IpAddr::V4))
                 .collect(),
             interfaces,
             traffic,
+        }
+    }
+
+    /// One that asks for these host ports, and has no slot yet.
+    pub(crate) fn wish(key: &AttachmentKey, pod: &PodRef, ports: &[PortMapping]) -> Self {
+        Self {
+            key: key.clone(),
+            pod: shown(pod, key),
+            addresses: Vec::new(),
+            interfaces: Vec::new(),
+            traffic: Traffic {
+                port_mappings: ports.to_vec(),
+                ..Traffic::default()
+            },
         }
     }
 
@@ -57,6 +66,14 @@ impl Attachment {
             "{} {} {} {}",
             self.pod, key.network, key.container_id, key.ifname
         ))
+    }
+}
+
+/// The pod, or the container where the runtime told none.
+fn shown(pod: &PodRef, key: &AttachmentKey) -> String {
+    match pod.name.as_str() {
+        "" => key.container_id.clone(),
+        name => format!("{}/{name}", pod.namespace),
     }
 }
 

@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use super::announce::Facts;
 use super::attachments::{Attachment, Attachments};
 use super::limits::Limiter;
+use super::links::Taken;
 use super::metrics::Metrics;
 use super::node::Uplinks;
 use super::translator::Translator;
@@ -47,6 +48,9 @@ const EXPIRE_EVERY: Duration = Duration::from_secs(15);
 /// Under which a complaint about sockets is remembered: no interface has such a name.
 const SOCKETS: &str = "UDP sockets";
 
+/// The same of pins.
+const PINS: &str = "pins of another version";
+
 /// After an op failed: the first wait, doubled up to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_LAST: Duration = Duration::from_secs(30);
@@ -65,6 +69,13 @@ pub(crate) enum Message {
         attachment: Box<Attachment>,
         /// Where the answer goes.
         done: SyncSender<Result<(), String>>,
+    },
+    /// Why would an attachment's host ports be refused?
+    Refuses {
+        /// What it will ask for.
+        attachment: Box<Attachment>,
+        /// Where the answer goes.
+        reply: SyncSender<Option<String>>,
     },
     /// A pod is gone.
     Detach {
@@ -129,6 +140,8 @@ pub(crate) struct Dataplane {
     uplinks: BTreeMap<String, u32>,
     /// Finds them.
     seek: Uplinks,
+    /// Hears of filters that are taken away; `None`: it cannot.
+    taken: Option<Taken>,
     complaints: BTreeMap<String, String>,
     programmed: Arc<AtomicBool>,
     /// The revision that was taken in last; what came before it may still be planned.
@@ -136,6 +149,8 @@ pub(crate) struct Dataplane {
     applied: Arc<Applied>,
     batch: Option<Batch>,
     synced_once: bool,
+    /// What agents of another ABI version pinned is gone.
+    succeeded: bool,
     failing: Option<Failing>,
     last_batch: Option<Duration>,
 }
@@ -167,6 +182,10 @@ impl Dataplane {
     ) -> Self {
         Self {
             seek: Uplinks::new(config.node.uplink.as_deref()),
+            // Before the first is put on: none goes unheard.
+            taken: Taken::listen()
+                .inspect_err(|error| tracing::warn!(%error, "pods' filters that are taken away are not told; they are looked for every 15 s"))
+                .ok(),
             config,
             proxy,
             limiter,
@@ -183,6 +202,7 @@ impl Dataplane {
             applied: Arc::default(),
             batch: None,
             synced_once: false,
+            succeeded: false,
             failing: None,
             last_batch: None,
         }
@@ -407,6 +427,9 @@ impl Dataplane {
                 // Whoever asked may have given up.
                 let _ = done.send(attached);
             }
+            Message::Refuses { attachment, reply } => {
+                let _ = reply.send(self.attachments.refuses(&attachment));
+            }
             Message::Verify { attachment, reply } => {
                 let _ = reply.send(self.verify(&attachment));
             }
@@ -559,7 +582,9 @@ impl Dataplane {
     }
 
     fn tick(&mut self) {
+        self.heal_told();
         self.attach_uplinks();
+        self.succeed();
         self.refresh_addresses();
         for dropped in self.limiter.dropped() {
             self.metrics.limited(&dropped);

@@ -110,11 +110,15 @@ impl Limiter {
 
     /// Puts the programs back on an interface that lost them, if it is limited.
     pub(crate) fn attach_again(&mut self, interface: &str) -> Result<(), String> {
-        let limited = (self.owners.values()).any(|o| o.interfaces.iter().any(|i| i == interface));
-        match limited {
+        match self.limits(interface) {
             true => self.dataplane.attach(interface).map_err(|e| e.to_string()),
             false => Ok(()),
         }
+    }
+
+    /// Whether an interface is limited.
+    pub(crate) fn limits(&self, interface: &str) -> bool {
+        (self.owners.values()).any(|o| o.interfaces.iter().any(|i| i == interface))
     }
 
     /// The attachment is gone.

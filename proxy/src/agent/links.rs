@@ -3,11 +3,18 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsFd as _;
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_REQUEST};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload,
+};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_ROUTE;
+use rustix::net::sockopt;
 
 use super::routes::{Netlink, RouteError};
 
@@ -52,13 +59,17 @@ pub(super) fn with_filters() -> Result<BTreeSet<u32>, RouteError> {
     )?;
     netlink.receive(|answer| {
         if let RouteNetlinkMessage::NewQueueDiscipline(message) = answer
-            && (message.attributes.iter())
-                .any(|a| matches!(a, TcAttribute::Kind(kind) if kind == "clsact"))
+            && is_clsact(&message)
         {
             found.insert(message.header.index.cast_unsigned());
         }
     })??;
     Ok(found)
+}
+
+fn is_clsact(message: &TcMessage) -> bool {
+    let mut attributes = message.attributes.iter();
+    attributes.any(|a| matches!(a, TcAttribute::Kind(kind) if kind == "clsact"))
 }
 
 /// The two ends of a clsact queueing discipline (linux/pkt_sched.h: TC_H_MIN_INGRESS, TC_H_MIN_EGRESS).
@@ -92,6 +103,92 @@ pub(super) fn has_filters(index: u32, priority: u16) -> Result<bool, RouteError>
         }
     }
     Ok(true)
+}
+
+/// RTNLGRP_TC (linux/rtnetlink.h).
+const TC_GROUP: u32 = 4;
+
+/// Bytes that may wait for a look: each filter that an ADD makes is told too, some eight in as many kilobytes, and a look is a second away.
+const LISTENING_BUFFER: usize = 4 << 20;
+
+/// Datagrams of one look. The rest waits for the next.
+const MAX_DATAGRAMS: usize = 16_384;
+
+/// Hears of filters and queueing disciplines that are taken away, whoever does it.
+#[derive(Debug)]
+pub(super) struct Taken {
+    socket: Socket,
+}
+
+/// What was taken away since the last look.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Losses {
+    /// From these interfaces.
+    pub(super) interfaces: BTreeSet<u32>,
+    /// Messages were lost: it may be others too.
+    pub(super) unsure: bool,
+}
+
+impl Taken {
+    /// From now on, in this network namespace.
+    pub(super) fn listen() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        // As root no limit of the system's holds.
+        let sized = sockopt::set_socket_recv_buffer_size_force(socket.as_fd(), LISTENING_BUFFER);
+        sized.map_err(io::Error::from)?;
+        socket.set_non_blocking(true)?;
+        socket.add_membership(TC_GROUP)?;
+        Ok(Self { socket })
+    }
+
+    /// What went since the last call; waits for nothing. Filters of other priorities than these are not ours.
+    pub(super) fn look(&mut self, priorities: &[u16]) -> io::Result<Losses> {
+        let mut losses = Losses::default();
+        for _ in 0..MAX_DATAGRAMS {
+            match self.socket.recv_from_full() {
+                Ok((bytes, _)) => losses.take(&bytes, priorities),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOBUFS.raw_os_error()) => {
+                    losses.unsure = true
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(losses)
+    }
+}
+
+impl Losses {
+    fn take(&mut self, bytes: &[u8], priorities: &[u16]) {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            // What cannot be read may have been anything.
+            let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest) else {
+                self.unsure = true;
+                return;
+            };
+            let length = (message.header.length as usize).next_multiple_of(4);
+            rest = rest.get(length..).unwrap_or_default();
+            let NetlinkPayload::InnerMessage(message) = message.payload else {
+                continue;
+            };
+            let index = match message {
+                RouteNetlinkMessage::DelQueueDiscipline(gone) if is_clsact(&gone) => {
+                    gone.header.index
+                }
+                RouteNetlinkMessage::DelTrafficFilter(gone)
+                    if priorities
+                        .iter()
+                        .any(|p| u32::from(*p) == gone.header.info >> 16) =>
+                {
+                    gone.header.index
+                }
+                _ => continue,
+            };
+            self.interfaces.insert(index.cast_unsigned());
+        }
+    }
 }
 
 /// The interfaces of [`with_filters`], by name.

@@ -202,6 +202,8 @@ pub(crate) fn run(path: &Path, runtime: Option<(&Path, Option<&Path>)>) -> Resul
         clock::boot()?,
         clock::now(),
     )?);
+    // Before anybody is answered.
+    ipam.believe_all(clock::now())?;
     let source = Source::open(&config.cluster)?;
     node::forward(&node::uplinks(config.node.uplink.as_deref()))?;
 
@@ -547,6 +549,7 @@ pub(crate) fn cleanup(path: &Path, conf_dir: Option<&Path>) -> Result<(), AgentE
     EbpfBackend::remove(&config, &interfaces)?;
     Limiter::remove_all(&config, &interfaces)?;
     Translator::remove(&config, &node::uplinks(config.node.uplink.as_deref()))?;
+    kun_ebpf_loader::remove_other_versions(&config.agent.bpffs_root)?;
     routes::set(&std::collections::BTreeSet::new())?;
     drop(server);
     tracing::info!(

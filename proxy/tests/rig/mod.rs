@@ -331,6 +331,11 @@ impl Node {
         self.netns.exec(&format!("{family} route show")).unwrap()
     }
 
+    /// Where the agent pins, a directory for each version of the maps.
+    pub(crate) fn pin_root(&self) -> PathBuf {
+        self.bpffs.path().join("kun")
+    }
+
     /// Files pinned below the agent's directory.
     pub(crate) fn pins(&self) -> usize {
         fn count(path: &Path) -> usize {

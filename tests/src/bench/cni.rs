@@ -470,6 +470,7 @@ fn durable_rate(context: &Context) -> Result<Row> {
                             slot: None,
                             within: Vec::new(),
                             delegated: false,
+                            ports: Vec::new(),
                         };
                         match service.handle(&allocate, clock::now()) {
                             Response::Allocation { .. } => {}

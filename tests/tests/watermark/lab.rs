@@ -115,6 +115,7 @@ impl Node {
             slot: None,
             within: Vec::new(),
             delegated: true,
+            ports: Vec::new(),
         };
         match self.ask(&request) {
             Response::Allocation { allocation } => (allocation.slot, allocation.generation),

@@ -249,6 +249,11 @@ impl Ipam {
         (since.0.saturating_add(self.rules.cooldown)).saturating_sub(now.0)
     }
 
+    /// The last allocation's generation; no interface that the store knows of has a higher one.
+    pub fn newest(&self) -> u64 {
+        self.generation
+    }
+
     /// Not zero: the store was rebuilt; the generation of a slot that it knew nothing of.
     pub fn floor(&self) -> u64 {
         self.floor
@@ -425,7 +430,7 @@ impl Ipam {
             },
             (None, Choice::Within { class, .. }) => match self.of(*class).next_of(choice) {
                 Some(slot) => self.take(slot, owner, now, effects),
-                None => self.exhausted(*class, Some(choice), now),
+                None => self.none_of(*class, choice, now),
             },
         }
     }
@@ -486,6 +491,17 @@ impl Ipam {
             Some(SlotState::Quarantined { .. }) => Some(Unavailable::Known),
             Some(SlotState::Free) | None => None,
         }
+    }
+
+    /// Why no slot of a choice is to be had: they rest or are in use, or none of them ever is this node's to give.
+    fn none_of(&self, class: SlotClass, choice: &Choice, now: BootTime) -> Reply {
+        let blocks: Vec<BlockId> = (self.owned())
+            .filter(|block| block.class() == class && self.gives(*block))
+            .collect();
+        if blocks.is_empty() || blocks.iter().any(|block| choice.meets(*block)) {
+            return self.exhausted(class, Some(choice), now);
+        }
+        Reply::Elsewhere { class, blocks }
     }
 
     fn exhausted(&self, class: SlotClass, choice: Option<&Choice>, now: BootTime) -> Reply {

@@ -263,6 +263,18 @@ pub enum Choice {
 }
 
 impl Choice {
+    /// Whether a slot of a block would do.
+    pub fn meets(&self, block: BlockId) -> bool {
+        let first = block.first();
+        let last = Slot(first.0 + (BLOCK_SLOTS - 1));
+        match self {
+            Self::Slot(wanted) => wanted.block() == block,
+            Self::Within { class, ranges } => {
+                block.class() == *class && ranges.iter().any(|(a, b)| *a <= last && first <= *b)
+            }
+        }
+    }
+
     /// Whether a slot would do.
     pub fn admits(&self, slot: Slot) -> bool {
         match self {
@@ -383,6 +395,13 @@ pub enum Reply {
         census: Census,
         /// Who has most of them, most first: namespaces, or networks for attachments of no pod.
         holders: Vec<(String, u32)>,
+    },
+    /// None of the slots that would do lies in a block that this node gives out.
+    Elsewhere {
+        /// Of this class.
+        class: SlotClass,
+        /// It gives out these.
+        blocks: Vec<BlockId>,
     },
     /// The slot that was asked for cannot be had.
     Unavailable {

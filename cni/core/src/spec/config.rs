@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use serde_json::{Map, Value};
 
 use super::conventions::Wishes;
-use super::env::{is_identifier, is_ifname};
+use super::env::{MAX_IDENTIFIER, is_identifier, is_ifname};
 use super::result::{ResultError, Route, Success};
 use super::version::{UnsupportedVersion, Version};
 
@@ -109,6 +109,18 @@ pub struct NetworkConfig {
 }
 
 impl NetworkConfig {
+    /// ADD: the name has room in the tags of an attachment's interfaces, beside the container's id.
+    pub fn require_short_name(&self) -> Result<(), ConfigError> {
+        match self.name.len() {
+            ..=MAX_IDENTIFIER => Ok(()),
+            bytes => Err(ConfigError::Field {
+                field: "name".to_owned(),
+                wrong: format!("{bytes} bytes"),
+                right: "a network's name has at most 96: it stands in the aliases of pods' interfaces, beside the container's id",
+            }),
+        }
+    }
+
     /// Parses stdin.
     pub fn parse(stdin: &[u8]) -> Result<Self, ConfigError> {
         if stdin.len() > MAX_STDIN {

@@ -4,7 +4,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// IFNAMSIZ without its closing zero.
-const MAX_IFNAME: usize = 15;
+pub(crate) const MAX_IFNAME: usize = 15;
+
+/// Longest container id and network name of an attachment that is made: both stand in the tag of its interfaces (`crate::tag`), which
+/// the kernel keeps in 255 bytes. By its tag an interface is known as kun's, put right, reclaimed, and the store rebuilt; one that
+/// is cut off tells nobody whose it is. Runtimes' ids have 64. What was made under a longer one can still be removed.
+pub(crate) const MAX_IDENTIFIER: usize = 96;
 
 /// What the runtime asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +63,11 @@ pub enum EnvError {
         "CNI_CONTAINERID `{0}` is invalid; it begins with a letter or digit, then letters, digits, `_`, `.` and `-`"
     )]
     ContainerId(String),
+    /// A container id that no interface's tag has room for.
+    #[error(
+        "CNI_CONTAINERID has {0} bytes; it has at most {MAX_IDENTIFIER}: it stands in the aliases of the container's interfaces, beside the network's name"
+    )]
+    LongContainerId(usize),
     /// An interface name that the kernel forbids.
     #[error(
         "CNI_IFNAME `{0}` is invalid; an interface name has 1 to 15 bytes, is not `.` or `..`, and has no `/`, `:` or space"
@@ -92,8 +102,12 @@ pub fn parse<'a>(get: impl Fn(&'static str) -> Option<&'a str>) -> Result<Invoca
     }
     let attachment = || {
         let args = args(set("CNI_ARGS").unwrap_or_default());
+        let container_id = container_id(set("CNI_CONTAINERID").unwrap_or_default())?;
+        if verb == "ADD" && container_id.len() > MAX_IDENTIFIER {
+            return Err(EnvError::LongContainerId(container_id.len()));
+        }
         Ok(Attachment {
-            container_id: container_id(set("CNI_CONTAINERID").unwrap_or_default())?,
+            container_id,
             ifname: ifname(set("CNI_IFNAME").unwrap_or_default())?,
             args: match verb {
                 // It must work, and no argument changes what it does.
@@ -268,6 +282,26 @@ mod tests {
         };
         assert!(with(&vars("DEL")).is_ok());
         assert_eq!(with(&vars("ADD")), Err(EnvError::Args("A".into())));
+    }
+
+    #[test]
+    fn a_container_id_that_no_tag_has_room_for_is_refused_where_one_is_made() {
+        let id = |length: usize| -> &'static str { Box::leak("c".repeat(length).into_boxed_str()) };
+        let with_id = |verb, id| {
+            with(&[
+                ("CNI_COMMAND", verb),
+                ("CNI_CONTAINERID", id),
+                ("CNI_IFNAME", "eth0"),
+                ("CNI_NETNS", "/run/netns/x"),
+            ])
+        };
+        assert!(with_id("ADD", id(MAX_IDENTIFIER)).is_ok());
+        let long = id(MAX_IDENTIFIER + 1);
+        let error = with_id("ADD", long).unwrap_err();
+        assert_eq!(error, EnvError::LongContainerId(97));
+        for verb in ["DEL", "CHECK"] {
+            assert!(with_id(verb, long).is_ok(), "{verb}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub use conventions::{
     AddressRange, IPS_ANNOTATION, IPV4_ANNOTATION, PortMapping, RateLimit, Transport, Wishes,
 };
 pub use env::{Attachment, EnvError, Invocation, parse as parse_environment};
+pub(crate) use env::{MAX_IDENTIFIER, MAX_IFNAME};
 pub use failure::{Code, Failure};
 pub use result::{Interface, Ip, ResultError, Route, Success};
 pub use version::{UnsupportedVersion, Version};
