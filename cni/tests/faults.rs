@@ -10,7 +10,9 @@ use std::os::unix::net::UnixListener;
 use std::process::Stdio;
 use std::time::Duration;
 
+use kun_cni::ipam::IpamService;
 use kun_cni::kernel::Kernel;
+use kun_cni::spool::Spool;
 use kun_cni::{clock, host_interface_names, netns};
 use kun_cni_core::ipam::Key;
 use kun_cni_core::plan::{self, Facts, Op};
@@ -377,6 +379,33 @@ fn del_while_the_agent_is_gone_and_the_store_is_held_is_spooled_with_its_generat
     assert_eq!(std::fs::read_dir(&spool).unwrap().count(), 0);
 }
 
+/// No interface tells of pods any more, and the spool does: their addresses are still warm, and no new store knows how long.
+#[test]
+fn a_store_that_is_gone_while_releases_wait_for_it_is_refused() {
+    if !require_root() {
+        return;
+    }
+    for verb in ["DEL", "GC"] {
+        let node = Node::new("split");
+        let pod = Pod::new("c1", true);
+        node.add(&pod).unwrap();
+        let file = node.state_dir().join(kun_cni::store::FILE);
+        std::fs::remove_file(&file).unwrap();
+        // The pod goes all the same; nobody else comes.
+        let mut network = node.network();
+        network["cni.dev/valid-attachments"] = json!([]);
+        let done = node.verb(verb, &pod, &network);
+        // GC tells that it could not ask whom else there is.
+        assert_eq!(done.is_ok(), verb == "DEL", "{done:?}");
+        assert_eq!(node.leavings(), "");
+        let error = node.add(&Pod::new("c2", true)).unwrap_err();
+        let details = error["details"].as_str().unwrap();
+        assert!(details.contains("`kunctl ipam rebuild`"), "{error}");
+        assert!(!file.exists(), "none is made by the way");
+        assert_eq!(Spool::new(&node.state_dir()).entries().len(), 1);
+    }
+}
+
 #[test]
 fn gc_removes_what_is_not_valid_and_nothing_else() {
     if !require_root() {
@@ -426,7 +455,7 @@ fn the_store_waits_for_the_one_who_has_it() {
     let node_dir = tempfile::tempdir().unwrap();
     let config = kun_config::parse("kun.yaml", "node: {name: n}\n").unwrap();
     let open = |wait| {
-        kun_cni::ipam::IpamService::open_within(
+        IpamService::open_within(
             node_dir.path(),
             &config,
             clock::boot().unwrap(),
@@ -472,10 +501,8 @@ fn what_many_callers_were_told_is_in_the_store() {
     let dir = tempfile::tempdir().unwrap();
     let text = "node: {name: n}\nipam: {v4Pools: [10.64.0.0/16], cooldown: 30s}\n";
     let config = kun_config::parse("kun.yaml", text).unwrap();
-    let open = || {
-        kun_cni::ipam::IpamService::open(dir.path(), &config, clock::boot().unwrap(), clock::now())
-            .unwrap()
-    };
+    let open =
+        || IpamService::open(dir.path(), &config, clock::boot().unwrap(), clock::now()).unwrap();
     let service = open();
     let block = |i: u32| BlockId::new(Slot(0x0a40_0000 + i * 64)).expect("aligned");
     service
