@@ -67,14 +67,13 @@ fn generations_grow_from_one_rebuilt_store_to_the_next() {
     let config = kun_config::parse("kun.yaml", &text).unwrap();
     let results = directory.path().join("results");
     let mut floor = 0;
-    let losses: [(&str, fn(&Path)); 4] = [
-        ("gone", |_| {}),
-        ("gone again", |file| fs::remove_file(file).unwrap()),
-        ("damaged", |file| fs::write(file, b"not a store").unwrap()),
-        ("and gone", |file| fs::remove_file(file).unwrap()),
-    ];
-    for (what, lose) in losses {
-        lose(&state.join(FILE));
+    let file = state.join(FILE);
+    for what in ["gone", "gone again", "damaged", "and gone"] {
+        match what {
+            "gone" => {}
+            "damaged" => fs::write(&file, b"not a store").unwrap(),
+            _ => fs::remove_file(&file).unwrap(),
+        }
         rebuild(&config, &results).unwrap();
         let store = Store::open(&state, Duration::ZERO).unwrap();
         let now = store.load().unwrap().floor;
