@@ -16,10 +16,11 @@ use serde_json::{Value, json};
 
 use crate::addresses::{self, key, unexpected};
 use crate::allocator::Allocator;
+use crate::ipam::core_key;
 use crate::kernel::KernelError;
 use crate::netlink::Rtnl;
 use crate::netns::NetnsError;
-use crate::{attach, delegate};
+use crate::{attach, delegate, lost};
 
 /// Longest `cniVersion` that VERSION repeats.
 const MAX_VERSION: usize = 64;
@@ -95,7 +96,7 @@ fn verb(
             delegate::add(attachment, network, options, config).map(Some)
         }
         (Invocation::Del(attachment, _), Role::Main) => {
-            attach::del(&key(attachment, network), config).map(|()| None)
+            del(&key(attachment, network), config).map(|()| None)
         }
         (Invocation::Del(attachment, _), Role::Ipam(_)) => {
             addresses::release(&key(attachment, network), None, config).map(|()| None)
@@ -119,6 +120,13 @@ fn verb(
         }
         (Invocation::Version, _) => Ok(None),
     }
+}
+
+/// DEL of the main plugin.
+fn del(key: &AttachmentKey, config: &Config) -> Result<(), Failure> {
+    // Once its interfaces are gone, nothing tells any more that there must have been a store.
+    lost::remember(&core_key(key), config)?;
+    attach::del(key, config)
 }
 
 /// DEL for every attachment of the network that is not valid any more, by the store and by the interfaces' tags; carries on past
@@ -158,7 +166,7 @@ fn gc(
             })
     });
     failed.extend(gone.filter_map(|key| match role {
-        Role::Main => attach::del(&key, config).err(),
+        Role::Main => del(&key, config).err(),
         Role::Ipam(_) => addresses::release(&key, None, config).err(),
     }));
     let mut failed = failed.into_iter();

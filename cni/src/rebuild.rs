@@ -2,7 +2,8 @@
 //! the container runtime's CNI library remembers (`/var/lib/cni/results`). A store that is sound,
 //! no older copy of itself, and not empty is left alone.
 //!
-//! The damaged file is kept under another name. Nothing is changed before everything was read and fits together.
+//! The damaged file is kept under another name, or an empty one where there was none: they are counted, so that generations only
+//! grow. Nothing is changed before everything was read and fits together.
 
 use std::fs::File;
 use std::io;
@@ -109,6 +110,12 @@ pub fn rebuild(config: &Config, results: &Path) -> Result<Rebuilt, RebuildError>
     // Whole before it has the name: an agent that is started again and again would make an empty one where there is none.
     let new = directory.join(format!("{FILE}.rebuilt-{}", std::process::id()));
     Store::make(&new)?.commit(&effects)?;
+    if !there {
+        // There is none to keep. An empty one counts in its place: the next one's generations begin above this one's.
+        File::create_new(&kept_as)
+            .and_then(|_| File::open(directory)?.sync_all())
+            .map_err(io(&kept_as))?;
+    }
     let placed = match there {
         true => std::fs::hard_link(&path, &kept_as).and_then(|()| std::fs::rename(&new, &path)),
         // Not over one that was made meanwhile.

@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::net::Ipv4Addr;
 
 use kun_cni::clock;
+use kun_cni::spool::Spool;
 use kun_config::types::Slot;
 use kun_control::{AttachmentKey, PodRef, Request, Response};
 use kun_harness::require_root;
@@ -230,4 +231,30 @@ fn gc_takes_the_interfaces_of_what_is_gone_from_a_node_whose_store_is_damaged() 
     let live = node.service().live(clock::now()).unwrap();
     assert_eq!(live.len(), 1, "{live:?}");
     assert_eq!(live[0].key.container_id, "c1");
+}
+
+/// No interface tells of pods any more, and the spool does: their addresses are still warm, and no new store knows how long.
+#[test]
+fn a_store_that_is_gone_while_releases_wait_for_it_is_refused() {
+    if !require_root() {
+        return;
+    }
+    for verb in ["DEL", "GC"] {
+        let node = Node::new("split");
+        let pod = Pod::new("c1", true);
+        node.add(&pod).unwrap();
+        let file = node.state_dir().join(kun_cni::store::FILE);
+        std::fs::remove_file(&file).unwrap();
+        // The pod goes all the same; nobody else comes.
+        let mut network = node.network();
+        network["cni.dev/valid-attachments"] = json!([]);
+        let done = node.verb(verb, &pod, &network);
+        // GC tells that it could not ask whom else there is.
+        assert_eq!(done.is_ok(), verb == "DEL", "{done:?}");
+        assert_eq!(node.leavings(), "");
+        let error = node.add(&Pod::new("c2", true)).unwrap_err();
+        let told = error.to_string().contains("`kunctl ipam rebuild`");
+        assert!(told && !file.exists(), "{error}: none is made by the way");
+        assert_eq!(Spool::new(&node.state_dir()).entries().len(), 1);
+    }
 }

@@ -8,6 +8,7 @@ use std::panic::catch_unwind;
 use std::path::Path;
 use std::time::Duration;
 
+use kun_cni::rebuild::rebuild;
 use kun_cni::store::{FILE, Store, StoreError};
 use kun_cni_core::ipam::{BootId, BootTime, Command, Ipam, Key, Owner, Pod, Rules, Snapshot};
 use kun_config::types::{BlockId, Slot, SlotClass};
@@ -51,6 +52,34 @@ fn read(directory: &Path, bytes: &[u8]) -> Result<Snapshot, StoreError> {
     fs::write(directory.join(FILE), bytes).unwrap();
     let opened = catch_unwind(|| Store::open(directory, Duration::ZERO)?.load());
     opened.unwrap_or_else(|_| panic!("it panics"))
+}
+
+/// Whether there was a damaged file to keep or none: what was given out after the last time is below what is given out now.
+#[test]
+fn generations_grow_from_one_rebuilt_store_to_the_next() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state");
+    fs::create_dir(&state).unwrap();
+    let text = format!(
+        "node: {{name: n}}\nipam: {{v4Pools: [10.64.0.0/16]}}\nagent: {{stateDir: {}}}\n",
+        state.display()
+    );
+    let config = kun_config::parse("kun.yaml", &text).unwrap();
+    let results = directory.path().join("results");
+    let mut floor = 0;
+    let file = state.join(FILE);
+    for what in ["gone", "gone again", "damaged", "and gone"] {
+        match what {
+            "gone" => {}
+            "damaged" => fs::write(&file, b"not a store").unwrap(),
+            _ => fs::remove_file(&file).unwrap(),
+        }
+        rebuild(&config, &results).unwrap();
+        let store = Store::open(&state, Duration::ZERO).unwrap();
+        let now = store.load().unwrap().floor;
+        assert!(now > floor, "{what}: {now:#x} after {floor:#x}");
+        floor = now;
+    }
 }
 
 #[test]

@@ -10,7 +10,9 @@ use std::os::unix::net::UnixListener;
 use std::process::Stdio;
 use std::time::Duration;
 
+use kun_cni::ipam::IpamService;
 use kun_cni::kernel::Kernel;
+use kun_cni::spool::{Entry, Spool};
 use kun_cni::{clock, host_interface_names, netns};
 use kun_cni_core::ipam::Key;
 use kun_cni_core::plan::{self, Facts, Op};
@@ -380,6 +382,67 @@ fn del_while_the_agent_is_gone_and_the_store_is_held_is_spooled_with_its_generat
     assert_eq!(std::fs::read_dir(&spool).unwrap().count(), 0);
 }
 
+/// A release that was spooled while its attachment was being added again: the agent had let the first allocation go and could not say so.
+#[test]
+fn a_spooled_release_that_comes_late_frees_no_newer_allocation() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "node: {name: n}\nipam: {v4Pools: [10.64.0.0/16], cooldown: 30s}\n";
+    let config = kun_config::parse("kun.yaml", text).unwrap();
+    let now = clock::now();
+    let open = || IpamService::open(dir.path(), &config, clock::boot().unwrap(), now).unwrap();
+    let service = open();
+    let block = BlockId::new(Slot(0x0a40_0000)).expect("aligned");
+    service.set_blocks(&[block], now).unwrap();
+    let key = AttachmentKey {
+        network: "kun".into(),
+        container_id: "c1".into(),
+        ifname: "eth0".into(),
+    };
+    let allocate = || {
+        let request = Request::Allocate {
+            key: key.clone(),
+            pod: PodRef::default(),
+            class: Some(SlotClass::Dual),
+            slot: None,
+            within: Vec::new(),
+            delegated: false,
+        };
+        match service.handle(&request, now) {
+            Response::Allocation { allocation } => allocation,
+            other => panic!("{other:?}"),
+        }
+    };
+    let first = allocate();
+    let release = Request::Release {
+        key: key.clone(),
+        generation: Some(first.generation),
+    };
+    assert_eq!(service.handle(&release, now), Response::Done);
+    let second = allocate();
+    let spool = Spool::new(dir.path());
+    let entry = Entry {
+        key: Key {
+            container_id: key.container_id.clone(),
+            ifname: key.ifname.clone(),
+            network: key.network.clone(),
+        },
+        generation: Some(first.generation),
+    };
+    spool.put(&entry).unwrap();
+    service.tick(now).unwrap();
+    assert_eq!(spool.entries().len(), 0, "it is drained");
+    assert_eq!(
+        service.live(now).unwrap().as_slice(),
+        std::slice::from_ref(&second)
+    );
+    // The same where opening the store drains it.
+    spool.put(&entry).unwrap();
+    drop(service);
+    let service = open();
+    assert_eq!(spool.entries(), []);
+    assert_eq!(service.live(now).unwrap(), [second]);
+}
+
 #[test]
 fn gc_removes_what_is_not_valid_and_nothing_else() {
     if !require_root() {
@@ -406,6 +469,34 @@ fn gc_removes_what_is_not_valid_and_nothing_else() {
     node.check(&stays, &result).unwrap();
 }
 
+/// One DEL that cannot be done keeps no other from being done (CNI §2 GC), and is told.
+#[test]
+fn gc_carries_on_past_what_it_cannot_remove() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    // In the order in which they are gone through.
+    let pods = ["c1", "c2", "c3"].map(|id| Pod::new(id, true));
+    for pod in &pods {
+        node.add(pod).unwrap();
+    }
+    let kept = &host_interface_names(&key(&pods[0]), SlotClass::Dual, Interfaces::Split)[0];
+    node.netns
+        .exec(&format!("link set {kept} alias somebodys"))
+        .unwrap();
+    let mut network = node.network();
+    network["cni.dev/valid-attachments"] = json!([]);
+    let error = node.verb("GC", &pods[0], &network).unwrap_err();
+    assert!(error.to_string().contains(kept.as_str()), "{error}");
+    for pod in &pods[1..] {
+        let left = pod.netns.exec("-br link show type veth").unwrap();
+        assert_eq!(left, "", "of {}", pod.id);
+    }
+    // What still has an interface keeps its slot.
+    assert_eq!(counts(&node), (1, 2, 61));
+}
+
 #[test]
 fn status_is_not_available_without_a_slot() {
     if !require_root() {
@@ -429,7 +520,7 @@ fn the_store_waits_for_the_one_who_has_it() {
     let node_dir = tempfile::tempdir().unwrap();
     let config = kun_config::parse("kun.yaml", "node: {name: n}\n").unwrap();
     let open = |wait| {
-        kun_cni::ipam::IpamService::open_within(
+        IpamService::open_within(
             node_dir.path(),
             &config,
             clock::boot().unwrap(),
@@ -475,10 +566,8 @@ fn what_many_callers_were_told_is_in_the_store() {
     let dir = tempfile::tempdir().unwrap();
     let text = "node: {name: n}\nipam: {v4Pools: [10.64.0.0/16], cooldown: 30s}\n";
     let config = kun_config::parse("kun.yaml", text).unwrap();
-    let open = || {
-        kun_cni::ipam::IpamService::open(dir.path(), &config, clock::boot().unwrap(), clock::now())
-            .unwrap()
-    };
+    let open =
+        || IpamService::open(dir.path(), &config, clock::boot().unwrap(), clock::now()).unwrap();
     let service = open();
     let block = |i: u32| BlockId::new(Slot(0x0a40_0000 + i * 64)).expect("aligned");
     service

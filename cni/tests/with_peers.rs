@@ -226,6 +226,36 @@ fn addresses_for_macvlan_without_a_next_hop_of_ours() {
     assert_eq!(counts(&node).0, 0);
 }
 
+/// What the runtime remembers is not what the store has: the slot is another one by now, or the result another container's.
+#[test]
+fn check_of_a_delegate_wants_its_addresses_in_the_result() {
+    if !require_root() {
+        return;
+    }
+    let node = Node::new("split");
+    let ours = PathBuf::from(env!("CARGO_BIN_EXE_kun-cni"));
+    let pod = Pod::new("c1", true);
+    let network = network(&node, json!({"type": "bridge"}), json!({}));
+    let result = node.plugin(&ours, "ADD", &pod, &network).unwrap().unwrap();
+    let mut check = network.clone();
+    check["prevResult"] = result.clone();
+    assert_eq!(node.plugin(&ours, "CHECK", &pod, &check), Ok(None));
+    for other in ["10.64.0.40/26", "fd00:64::a40:28/122"] {
+        let v6 = other.contains(':');
+        let mut ips = result["ips"].as_array().unwrap().clone();
+        let is_of_family = |ip: &Value| ip["address"].as_str().unwrap().contains(':') == v6;
+        let ip = ips.iter_mut().find(|ip| is_of_family(ip)).unwrap();
+        let had = ip["address"].take();
+        ip["address"] = other.into();
+        check["prevResult"]["ips"] = ips.into();
+        let error = node.plugin(&ours, "CHECK", &pod, &check).unwrap_err();
+        assert_eq!(error["code"], 101, "{error}");
+        let details = error["details"].as_str().unwrap();
+        assert!(details.contains(had.as_str().unwrap()), "{error}");
+    }
+    assert_eq!(node.plugin(&ours, "DEL", &pod, &network), Ok(None));
+}
+
 /// The result that `bridge` would hand to us in its delegate's place.
 #[test]
 fn a_delegates_result_has_no_interfaces_in_any_version() {

@@ -3,7 +3,7 @@
 mod rig;
 
 use std::fs;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use kun_control::{AttachmentKey, Request, Response, SlotRow};
@@ -214,4 +214,55 @@ fn the_next_pod_at_an_address_gets_none_of_the_last_ones_answers() {
         let length = socket.recv(&mut buffer).unwrap();
         assert_eq!(&buffer[..length], b"still");
     }
+}
+
+/// A gateway keeps an entry for each port that is not in a pod's block. Those of a pod that is gone would let hosts outside through
+/// to the next pod at its address.
+#[test]
+fn a_gateway_forgets_a_pod_before_its_address_is_used_again() {
+    const PORT: u16 = 5000;
+    let Some(mut node) = Node::prepare("gateway") else {
+        return;
+    };
+    node.configure(|config| {
+        config["ipam"]["cooldown"] = json!("1s");
+        config["nat64"] = json!({
+            "pref64": ["2001:db8:64::/96"], "portBlockBits": 10,
+            "gateway": {"pool": ["203.0.113.0/30"], "clients": ["10.64.0.0/26"], "slice": 0},
+        });
+    });
+    // What a speaker would have told.
+    node.fabric.forward().unwrap();
+    for route in [
+        "2001:db8:64::/96 via 2001:db8::2",
+        "203.0.113.0/30 via 192.0.2.2",
+    ] {
+        node.fabric.exec(&format!("route add {route}")).unwrap();
+    }
+    node.spawn();
+    let entries = || match node.ask(&Request::Status) {
+        Response::Status { status } => {
+            let found = status.nat64.into_iter().find(|f| f.name == "bib_entries");
+            found.expect("it is a gateway").value
+        }
+        other => panic!("{other:?}"),
+    };
+    let own: Ipv4Addr = [192, 0, 2, 1].into();
+    let server = node.fabric.run(|| UdpSocket::bind((own, 53))).unwrap();
+    server.set_read_timeout(Some(SOON)).unwrap();
+    let prefix = u128::from("2001:db8:64::".parse::<Ipv6Addr>().unwrap());
+    let server6 = Ipv6Addr::from(prefix | u128::from(u32::from(own)));
+    let (stays, goes) = (node.pod("stays"), node.pod("goes"));
+    for pod in [&stays, &goes] {
+        let socket = bound(pod, true, PORT);
+        socket.send_to(b"who?", (server6, 53)).unwrap();
+        let (_, from) = server.recv_from(&mut [0; 64]).unwrap();
+        assert!(from.ip().to_string().starts_with("203.0.113."), "{from}");
+    }
+    assert_eq!(entries(), "2");
+    node.remove(goes);
+    let free = wait_until(RECLAIMED_WITHIN, || row(&node, "goes").is_none());
+    assert!(free, "{:?}", row(&node, "goes"));
+    assert_eq!(entries(), "1", "that of the pod that lives");
+    drop(stays);
 }

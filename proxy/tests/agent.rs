@@ -6,12 +6,14 @@ mod rig;
 use std::fs;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::num::NonZeroU64;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use kun_control::{AttachmentKey, Bandwidth, RateLimit, Request, Response, Traffic};
+use kun_control::{
+    AttachmentKey, Bandwidth, PortMapping, RateLimit, Request, Response, Traffic, Transport,
+};
 use kun_harness::{wait_for, wait_until};
 use rig::{Inside, LB4, LB6, Node, Service, VIP4, VIP6};
 use serde_json::json;
@@ -373,16 +375,12 @@ fn pods_of_another_layout_stay_reachable() {
     }
 }
 
-/// What CHECK asks of the agent for a pod that has nothing but limits.
-fn missing(node: &Node, name: &str, bandwidth: Bandwidth) -> Vec<String> {
+/// What CHECK asks of the agent for a pod.
+fn missing(node: &Node, name: &str, traffic: Traffic) -> Vec<String> {
     let key = AttachmentKey {
         network: "kun".into(),
         container_id: format!("container-{name}"),
         ifname: "eth0".into(),
-    };
-    let traffic = Traffic {
-        bandwidth,
-        ..Traffic::default()
     };
     match node.ask(&Request::Verify {
         key,
@@ -457,11 +455,18 @@ fn a_filter_that_somebody_took_away_is_missed_by_check_and_put_back() {
         rate: NonZeroU64::new(rate).unwrap(),
         burst: None,
     };
-    let asked = Bandwidth {
+    let bandwidth = Bandwidth {
         ingress: Some(limit),
         egress: None,
     };
-    assert_eq!(missing(&node, "limited", asked), Vec::<String>::new());
+    let asked = Traffic {
+        bandwidth,
+        ..Traffic::default()
+    };
+    assert_eq!(
+        missing(&node, "limited", asked.clone()),
+        Vec::<String>::new()
+    );
     let before = filters_of(&node);
     let interfaces = pod_interfaces(&node);
     let delete = |name: &str, priority: &[&str]| {
@@ -476,7 +481,7 @@ fn a_filter_that_somebody_took_away_is_missed_by_check_and_put_back() {
         // It is back within a second: perhaps before CHECK asked.
         let told = wait_until(SOON, || {
             delete(name, &["pref", priority]);
-            missing(&node, "limited", asked).contains(&line)
+            missing(&node, "limited", asked.clone()).contains(&line)
         });
         assert!(told, "{line}");
     }
@@ -489,6 +494,32 @@ fn a_filter_that_somebody_took_away_is_missed_by_check_and_put_back() {
     // What was a limit's goes with it, and nobody puts it back.
     node.remove(pod);
     assert_eq!(filters_of(&node), Vec::<String>::new());
+}
+
+/// A host port is nothing on the pod's own interfaces: the agent alone knows whether it is served.
+#[test]
+fn a_host_port_that_is_not_served_is_missed_by_check() {
+    let Some(node) = Node::start("hostport") else {
+        return;
+    };
+    let mapping = |host_port| PortMapping {
+        host_port: NonZeroU16::new(host_port).unwrap(),
+        container_port: NonZeroU16::new(80).unwrap(),
+        protocol: Transport::Tcp,
+        host_ip: None,
+    };
+    let asked = |ports: &[u16]| Traffic {
+        port_mappings: ports.iter().copied().map(mapping).collect(),
+        ..Traffic::default()
+    };
+    let served =
+        json!({"portMappings": [{"hostPort": 18080, "containerPort": 80, "protocol": "tcp"}]});
+    let pod = node.try_pod("served", &served).unwrap();
+    let none = Vec::<String>::new();
+    assert_eq!(missing(&node, "served", asked(&[18080])), none);
+    let missed = missing(&node, "served", asked(&[18080, 18081]));
+    assert_eq!(missed, ["host port 18081 is not served"]);
+    drop(pod);
 }
 
 /// Filters have no owner: anybody's `tc qdisc del` takes them away.

@@ -275,3 +275,109 @@ fn reclaim(answers: &Answers, leak: &Leak) -> Result<bool, String> {
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use kun_cluster::folder::parse_manifest;
+    use kun_cluster::{Delta, Store};
+    use kun_config::types::Slot;
+
+    use super::*;
+
+    /// Slots 10.64.0.1 to 10.64.0.6.
+    const OBJECTS: &str = "
+apiVersion: v1
+kind: Pod
+metadata: {name: lives, namespace: shop}
+status: {phase: Running, podIPs: [{ip: 'fd00:64::a40:1'}, {ip: 10.64.0.1}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: ended, namespace: shop}
+status: {phase: Succeeded, podIPs: [{ip: 'fd00:64::a40:2'}, {ip: 10.64.0.2}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: of-the-node, namespace: shop}
+spec: {hostNetwork: true}
+status: {phase: Running, podIPs: [{ip: 10.64.0.3}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: four, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: '', port: 80}]
+endpoints: [{addresses: [10.64.0.4], conditions: {ready: false}}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: six, namespace: shop, labels: {kubernetes.io/service-name: web}}
+addressType: IPv6
+ports: [{name: '', port: 80}]
+endpoints: [{addresses: ['fd00:64::a40:5']}]
+";
+
+    fn prefix() -> PodPrefix {
+        PodPrefix::new("fd00:64::/96".parse().unwrap()).unwrap()
+    }
+
+    fn released(last: u8) -> Unforgotten {
+        Unforgotten {
+            slot: Slot::from(std::net::Ipv4Addr::new(10, 64, 0, last)),
+            sequence: u64::from(last),
+            generation: 1,
+            key: None,
+        }
+    }
+
+    /// What is said of each of these slots.
+    fn said(between: &Between) -> Vec<Vec<String>> {
+        let mut store = Store::default();
+        for object in parse_manifest("objects.yaml", OBJECTS).unwrap().objects {
+            store.apply(Delta::Upsert(object));
+        }
+        let all: Vec<Unforgotten> = (1..=6).map(released).collect();
+        let holders = holders(&store, &all, prefix());
+        all.iter()
+            .map(|slot| held(&addresses(slot.slot, prefix()), &holders, between))
+            .collect()
+    }
+
+    #[test]
+    fn pods_and_slices_hold_their_addresses_in_either_family() {
+        let lines = said(&Between::default());
+        let expected: [&[&str]; 6] = [
+            &[
+                "Pod shop/lives has fd00:64::a40:1",
+                "Pod shop/lives has 10.64.0.1",
+            ],
+            &[],
+            &[],
+            &["EndpointSlice shop/four has 10.64.0.4"],
+            &["EndpointSlice shop/six has fd00:64::a40:5"],
+            &[],
+        ];
+        assert_eq!(lines, expected);
+    }
+
+    #[test]
+    fn what_was_so_between_two_looks_holds_too() {
+        let touched = Between {
+            touched: HashSet::from([IpAddr::from([10, 64, 0, 6])]),
+            ..Between::default()
+        };
+        let lines = said(&touched);
+        assert_eq!(
+            lines[5],
+            ["an EndpointSlice had 10.64.0.6 since the last look"]
+        );
+        assert!(lines[1].is_empty());
+        let anew = Between {
+            listed_anew: true,
+            ..Between::default()
+        };
+        assert!(said(&anew).iter().all(|lines| !lines.is_empty()));
+    }
+}

@@ -248,3 +248,81 @@ fn about_blocks(delta: &Delta) -> bool {
     };
     matches!(kind, Kind::IpamBlock | Kind::Node)
 }
+
+#[cfg(test)]
+mod tests {
+    use kun_cluster::folder::parse_manifest;
+
+    use super::*;
+
+    const WAITED: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 64, 0, 5));
+
+    /// A slice with these endpoints.
+    fn slice(endpoints: &str) -> Delta {
+        let text = format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: s, namespace: shop, labels: {{kubernetes.io/service-name: s}}}}\n\
+             addressType: IPv4\nports: [{{name: '', port: 80}}]\nendpoints: [{endpoints}]\n"
+        );
+        let mut objects = parse_manifest("slice.yaml", &text).unwrap().objects;
+        Delta::Upsert(objects.remove(0))
+    }
+
+    fn reached(since: u64, changed: u64) -> Option<Reached> {
+        Some(Reached {
+            since,
+            changed,
+            at: changed,
+        })
+    }
+
+    fn change(view: &View, delta: &Delta) {
+        view.slices.lock().unwrap().change(delta);
+    }
+
+    fn reach(view: &View, reached: Option<Reached>) {
+        view.slices.lock().unwrap().reach(reached);
+    }
+
+    fn look(view: &View) -> (Vec<IpAddr>, bool, Option<u64>) {
+        let between = view.between_looks(&view.store(), [WAITED].into_iter());
+        let touched = between.touched.into_iter().collect();
+        (touched, between.listed_anew, between.revision)
+    }
+
+    #[test]
+    fn an_address_that_came_and_went_between_two_looks_is_told_once() {
+        let view = View::default();
+        reach(&view, reached(1, 1));
+        look(&view);
+        assert_eq!(look(&view), (vec![], false, Some(1)));
+        for endpoints in ["{addresses: [10.64.0.5]}, {addresses: [10.64.0.6]}", ""] {
+            change(&view, &slice(endpoints));
+        }
+        assert_eq!(
+            look(&view),
+            (vec![WAITED], false, None),
+            "nobody has said yet of which revision that is"
+        );
+        reach(&view, reached(1, 7));
+        assert_eq!(look(&view), (vec![], false, Some(7)));
+        // What is taken away is of a later revision as well.
+        let name = kun_cluster::ObjectName::new("shop", "s");
+        change(&view, &Delta::Remove(Kind::EndpointSlice, name));
+        assert_eq!(look(&view), (vec![], false, None));
+    }
+
+    #[test]
+    fn nobody_knows_what_was_between_two_lists() {
+        let view = View::default();
+        reach(&view, reached(1, 1));
+        look(&view);
+        reach(&view, reached(5, 5));
+        assert_eq!(look(&view), (vec![], true, Some(5)));
+        assert_eq!(look(&view), (vec![], false, Some(5)), "told once");
+        // Cut off, and back: as another list, whichever it says.
+        reach(&view, None);
+        assert_eq!(look(&view), (vec![], false, None));
+        reach(&view, reached(5, 5));
+        assert_eq!(look(&view), (vec![], true, Some(5)));
+    }
+}

@@ -13,6 +13,7 @@ use kun_harness::{
     BpfFs, Cgroup, Netns, Process, require_root, require_tool, skip, veth, wait_for, wait_until,
 };
 use kun_tests::faulty_proxy::FaultyProxy;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 /// A leader that is killed is followed after 15 s, a node that was refused comes back within a minute; a busy machine takes its time.
@@ -29,6 +30,9 @@ pub(crate) const NODES: [&str; 2] = ["node-a", "node-b"];
 pub(crate) const MAX_SERVICES: u32 = 1024;
 pub(crate) const MAX_BACKENDS: u32 = 1024;
 pub(crate) const MAX_SLOTS: u32 = 4096;
+
+/// A slice beside the one that is written all the time.
+const HELD: &str = "held-4";
 
 /// The server's address in the fabric.
 const SERVER: &str = "192.0.2.1";
@@ -328,6 +332,16 @@ impl Lab {
         self.operator = Some(self.fabric.spawn(command).unwrap());
     }
 
+    /// Ends the operator in its own way: it gives its lease back, so that the next one need not wait until that has run out.
+    pub(crate) fn retire(&mut self) {
+        let mut operator = self.operator.take().expect("it runs");
+        operator.signal(Signal::TERM).unwrap();
+        let ended = wait_for("the operator's end", SOON, || {
+            operator.try_wait().ok().flatten()
+        });
+        assert!(ended.unwrap().success(), "{}", self.operator_log());
+    }
+
     pub(crate) fn operator_log(&self) -> String {
         fs::read_to_string(self.dir.path().join("operator.log")).unwrap_or_default()
     }
@@ -373,17 +387,22 @@ impl Lab {
             .iter()
             .map(|slot| json!({"addresses": [slot.ipv4().to_string()], "conditions": {"ready": true}}))
             .collect();
-        let list = json!({"apiVersion": "v1", "kind": "List", "items": [
-            {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "default"},
-                "spec": {"ports": [{"name": "http", "port": 80}]}},
-            {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
-                "metadata": {"name": "web-4", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
-                "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints},
-        ]});
+        let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "default"},
+            "spec": {"ports": [{"name": "http", "port": 80}]}});
+        self.slice("web-4", &endpoints, &[service])
+    }
+
+    /// Writes a slice of the Service, beside these objects; the revision since when.
+    fn slice(&self, name: &str, endpoints: &[Value], beside: &[Value]) -> u64 {
+        let slice = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": name, "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
+            "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints});
+        let items: Vec<&Value> = beside.iter().chain([&slice]).collect();
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
         self.plane
             .kubectl(&["apply", "-f", "-"], &list.to_string())
             .unwrap();
-        let slice = self.get(&["-n", "default", "endpointslice", "web-4"]);
+        let slice = self.get(&["-n", "default", "endpointslice", name]);
         slice["metadata"]["resourceVersion"]
             .as_str()
             .unwrap()
@@ -397,6 +416,21 @@ impl Lab {
         self.all_have(self.endpoints(&[slot]));
         self.nodes[0].release(container);
         (slot, generation)
+    }
+
+    /// The same in a slice of its own, until [`Lab::let_go`].
+    pub(crate) fn held_and_released(&self, container: &str) -> Slot {
+        let (slot, _) = self.nodes[0].allocate(container);
+        let endpoint =
+            json!({"addresses": [slot.ipv4().to_string()], "conditions": {"ready": true}});
+        self.all_have(self.slice(HELD, &[endpoint], &[]));
+        self.nodes[0].release(container);
+        slot
+    }
+
+    pub(crate) fn let_go(&self) {
+        let words = ["-n", "default", "delete", "endpointslice", HELD];
+        self.plane.kubectl(&words, "").unwrap();
     }
 
     pub(crate) fn condition(&self, node: &str) -> Value {

@@ -10,6 +10,7 @@ mod lab;
 mod restored;
 
 use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use kun_config::types::Slot;
@@ -47,16 +48,17 @@ fn a_frozen_agent_is_waited_for(lab: &mut Lab, time: Duration) {
     lab.nodes[0].comes_back(slot);
 }
 
-/// Nobody folds: the slot waits, is quarantined, and comes back once somebody does. What needs no operator is tried meanwhile.
-fn without_an_operator_it_waits(lab: &mut Lab) {
-    let (slot, _) = lab.used_and_released("three");
-    lab.operator = None;
-    lab.endpoints(&[]);
+/// Nobody folds: the slot waits, is quarantined, and comes back once somebody does. What needs no operator is tried meanwhile. `slot`: one
+/// that a slice of its own has held for a while; the time until it is quarantined began with its release.
+fn without_an_operator_it_waits(lab: &mut Lab, slot: Slot) {
+    lab.retire();
+    lab.let_go();
     let other = what_cannot_be_reclaimed_is_a_condition(lab);
     let row = || lab.nodes[0].row(slot);
     wait_for("quarantine", SOON, || {
         let row = row().expect("it came back without anybody to say so");
-        (row.state == "quarantined").then_some(())
+        let waits = row.why.iter().any(|why| why.contains("is waited for"));
+        (row.state == "quarantined" && waits).then_some(())
     })
     .unwrap_or_else(|e| panic!("{e:#}: {:?}", row()));
     lab.nodes[0].waits(slot, Duration::ZERO, "quarantined");
@@ -94,11 +96,13 @@ fn faults_in_between_cost_time_alone(lab: &Lab) {
     assert!(failed, "no publication met a fault: {}", lab.nodes[1].log());
 }
 
-/// The fold's Lease is deleted: the operator makes it anew.
+/// The fold's Lease is deleted: the operator makes it anew, with the next news. Without any it would be a bookmark's, a minute later.
 fn a_deleted_fold_is_made_anew(lab: &mut Lab) {
     let words = ["-n", "kube-system", "delete", "lease", "kun-watermark"];
     lab.plane.kubectl(&words, "").unwrap();
-    wait_for("the fold", SOON, || (lab.folded() > 0).then_some(()))
+    assert_eq!(lab.folded(), 0);
+    let news = lab.endpoints(&[Slot::from(Ipv4Addr::new(198, 51, 100, 9))]);
+    wait_for("the fold", SOON, || (lab.folded() >= news).then_some(()))
         .unwrap_or_else(|e| panic!("{e:#}\n{}", lab.operator_log()));
 }
 
@@ -180,9 +184,10 @@ fn an_address_comes_back_only_after_every_nodes_dataplane_has_forgotten_it() {
     };
     let took = comes_back_when_all_have_applied(&mut lab);
     eprintln!("a slot came back {took:?} after its last slice");
+    let held = lab.held_and_released("three");
     full::what_the_dataplane_refused_is_not_published(&lab);
     a_frozen_agent_is_waited_for(&mut lab, WATCHED.max(took * 2));
-    without_an_operator_it_waits(&mut lab);
+    without_an_operator_it_waits(&mut lab, held);
     together(
         || blocks::a_block_comes_on_need_and_goes_back(&lab),
         || faults_in_between_cost_time_alone(&lab),
