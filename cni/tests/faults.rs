@@ -406,6 +406,7 @@ fn a_spooled_release_that_comes_late_frees_no_newer_allocation() {
             slot: None,
             within: Vec::new(),
             delegated: false,
+            ports: Vec::new(),
         };
         match service.handle(&request, now) {
             Response::Allocation { allocation } => allocation,
