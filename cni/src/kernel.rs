@@ -362,9 +362,8 @@ impl<'a> Applier<'a> {
                     ifname,
                     alias,
                     ipv4,
-                    up,
                     ..
-                } => self.push(op, Query::configure(ifname, alias.as_deref(), ipv4, *up)),
+                } => self.push(op, Query::configure(ifname, alias.as_deref(), ipv4)),
                 Op::Up { ifname, .. } => self.push(op, Query::up(ifname)),
                 Op::Address {
                     ifname, address, ..

@@ -158,9 +158,6 @@ pub enum Op {
         alias: Option<String>,
         /// IPv4 settings of the interface.
         ipv4: Vec<(Ipv4Setting, u32)>,
-        /// Administratively up, in the same message. The kernel comes to it before the rest, so only where nothing happens at
-        /// once: while the other end is down.
-        up: bool,
     },
     /// IPv6 settings of an interface, which no message sets: written where the kernel's own are others.
     Ipv6 {
@@ -426,7 +423,12 @@ pub fn begin(pairs: &[Pair], mtu: u32) -> Vec<Op> {
             ifname: pair.host.clone(),
             alias: Some(pair.alias.clone()),
             ipv4: Vec::new(),
-            up: true,
+        });
+        // By a message of its own. What changes on an interface that is up without a carrier has the kernel go through all of the
+        // node's IPv6 routes.
+        ops.push(Op::Up {
+            side: Side::Host,
+            ifname: pair.host.clone(),
         });
     }
     ops
@@ -468,7 +470,6 @@ pub fn finish(facts: &Facts) -> Vec<Op> {
             ifname: pair.host.clone(),
             alias: Some(pair.alias.clone()),
             ipv4: host_ipv4(pair.carries),
-            up: false,
         });
     }
     for pair in &pairs {
@@ -636,7 +637,6 @@ fn pod_link_ops(pair: &Pair) -> Vec<Op> {
             Carries::V4 | Carries::Both => vec![(Ipv4Setting::Forwarding, 0)],
             Carries::V6 => Vec::new(),
         },
-        up: false,
     });
     ops.push(Op::Up { side, ifname });
     ops

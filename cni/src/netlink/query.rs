@@ -78,12 +78,7 @@ impl Query {
     }
 
     /// Tags and settings; the kernel makes no link-local address on it.
-    pub fn configure(
-        name: &str,
-        alias: Option<&str>,
-        ipv4: &[(Ipv4Setting, u32)],
-        up: bool,
-    ) -> Self {
+    pub fn configure(name: &str, alias: Option<&str>, ipv4: &[(Ipv4Setting, u32)]) -> Self {
         let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
         let mut families = vec![AfSpecUnspec::Inet6(vec![mode])];
         if !ipv4.is_empty() {
@@ -98,10 +93,6 @@ impl Query {
             message
                 .attributes
                 .push(LinkAttribute::IfAlias(alias.into()));
-        }
-        if up {
-            message.header.flags = LinkFlags::Up;
-            message.header.change_mask = LinkFlags::Up;
         }
         Self {
             message: RouteNetlinkMessage::SetLink(message),
