@@ -408,7 +408,7 @@ fn refusals_name_the_thing_and_the_remedy() {
             vars(&netns, "eth0"),
             long.clone(),
             7,
-            "name: 97 bytes; a network's name has at most 96: it stands in the aliases of pods' interfaces, beside the container's id".to_owned(),
+            "name: 97 bytes, more than 96; give the network a shorter name: it stands in the aliases of pods' interfaces, beside the container's id".to_owned(),
         ),
         (
             vars("/run/netns/gone", "eth0"),

@@ -740,6 +740,22 @@ mod tests {
         (false, Interfaces::Shared),
     ];
 
+    /// An interface that changes while it is up and its peer is not costs a walk through all of the node's IPv6 routes.
+    #[test]
+    fn a_nodes_end_is_as_it_will_be_before_it_comes_up() {
+        for (v4, interfaces) in ALL {
+            let pairs = facts(v4, interfaces).draft().pairs();
+            let ops = begin(&pairs, 1500);
+            for pair in &pairs {
+                let place = |wanted: &dyn Fn(&Op) -> bool| ops.iter().position(wanted);
+                let configured =
+                    place(&|op| matches!(op, Op::Configure { ifname, .. } if *ifname == pair.host));
+                let up = place(&|op| matches!(op, Op::Up { ifname, .. } if *ifname == pair.host));
+                assert!(configured.is_some() && configured < up, "{ops:?}");
+            }
+        }
+    }
+
     #[test]
     fn every_pair_made_is_removed_by_undo_and_by_del() {
         for (v4, interfaces) in ALL {

@@ -115,8 +115,8 @@ impl NetworkConfig {
             ..=MAX_IDENTIFIER => Ok(()),
             bytes => Err(ConfigError::Field {
                 field: "name".to_owned(),
-                wrong: format!("{bytes} bytes"),
-                right: "a network's name has at most 96: it stands in the aliases of pods' interfaces, beside the container's id",
+                wrong: format!("{bytes} bytes, more than {MAX_IDENTIFIER}"),
+                right: "give the network a shorter name: it stands in the aliases of pods' interfaces, beside the container's id",
             }),
         }
     }
